@@ -1,0 +1,1 @@
+"""mm-convert: weights between Hugging Face folders, the MindSpeed-MM layout, and training saves."""

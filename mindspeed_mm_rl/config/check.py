@@ -1,0 +1,147 @@
+"""Rules over several keys. Each is one function that raises ValueError with the names, the values, and what to do."""
+
+from __future__ import annotations
+
+from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.config.schema import Config
+
+_REQUIRED = ("stage", "global_batch_size", "train_iters", "tokenizer_name_or_path", "data_path")
+
+
+def check(config: Config) -> None:
+    """Every rule that the configuration alone decides. Raises ValueError for the first one that is broken."""
+    for rule in (_required, _stage, _lengths, _groups, _batches, _dtype, _learning_rate, _pixels, _rewards, _overlong, _clip, _parallel):
+        rule(config)
+
+
+def _required(config: Config) -> None:
+    for key in _REQUIRED:
+        if getattr(config.megatron_training, key) is None:
+            raise ValueError(f"megatron_training.{key} is missing; it has no default")
+
+
+def _stage(config: Config) -> None:
+    stage = config.megatron_training.stage
+    if stage not in ("ray_grpo", "ray_dapo"):
+        raise ValueError(f"megatron_training.stage: {stage} isn't offered in this version; choose ray_grpo or ray_dapo")
+    if config.rl_config.adv_estimator != "group_norm":
+        raise ValueError(f"rl_config.adv_estimator: {config.rl_config.adv_estimator} needs stage ray_ppo; {stage} uses group_norm")
+
+
+def _lengths(config: Config) -> None:
+    limit, prompt = config.generate_config.max_model_len, config.rl_config.max_prompt_length
+    response = config.generate_config.sampling_config.max_tokens
+    if limit is not None and limit < prompt + response:
+        raise ValueError(
+            f"generate_config.max_model_len ({limit}) must be >= rl_config.max_prompt_length ({prompt}) + "
+            f"generate_config.sampling_config.max_tokens ({response}) = {prompt + response}; raise it or remove it"
+        )
+
+
+def _groups(config: Config) -> None:
+    if config.rl_config.n_samples_per_prompt < 2:
+        raise ValueError(
+            f"rl_config.n_samples_per_prompt ({config.rl_config.n_samples_per_prompt}) must be >= 2: "
+            "adv_estimator group_norm compares the samples of a prompt"
+        )
+
+
+def _batches(config: Config) -> None:
+    mini, prompts, key = config.rl_config.mini_batch_size, train_prompts(config), "megatron_training.global_batch_size"
+    if config.rl_config.filter_groups_enable and config.rl_config.filter_groups_train_batch_size:
+        key = "rl_config.filter_groups_train_batch_size"
+    if mini is not None and mini > prompts:
+        raise ValueError(f"rl_config.mini_batch_size ({mini} prompts) must be <= {key} ({prompts} prompts)")
+
+
+def train_prompts(config: Config) -> int:
+    """Prompts that one iteration trains on."""
+    rl = config.rl_config
+    return (rl.filter_groups_train_batch_size if rl.filter_groups_enable else None) or config.megatron_training.global_batch_size or 0
+
+
+def _dtype(config: Config) -> None:
+    wanted, dtype = ("bfloat16" if config.actor_config.bf16 else "float32"), config.generate_config.dtype
+    if dtype is not None and dtype != wanted:
+        raise ValueError(
+            f"generate_config.dtype ({dtype}) must be {wanted}, as bf16 is {str(config.actor_config.bf16).lower()}: "
+            "trainer and rollout engine run the same policy; change one of the two"
+        )
+
+
+def _learning_rate(config: Config) -> None:
+    actor = config.actor_config
+    if actor.min_lr > actor.lr:
+        raise ValueError(f"actor_config.min_lr ({actor.min_lr}) must be <= actor_config.lr ({actor.lr})")
+
+
+def _pixels(config: Config) -> None:
+    low, high = config.megatron_training.min_pixels, config.megatron_training.max_pixels
+    if low > high:
+        raise ValueError(f"megatron_training.min_pixels ({low}) must be <= megatron_training.max_pixels ({high})")
+
+
+def _rewards(config: Config) -> None:
+    names, weights = config.rl_config.verifier_function, config.rl_config.verifier_weight
+    count = 1 if names is None else len(names)
+    if not count:
+        raise ValueError("rl_config.verifier_function is empty; name a verifier, for example geo3k")
+    if weights is not None and len(weights) != count:
+        raise ValueError(
+            f"rl_config.verifier_weight has {len(weights)} value(s) {list(weights)} for {count} verifier(s) "
+            f"{list(names or ('the default one',))}; give one weight each"
+        )
+
+
+def _overlong(config: Config) -> None:
+    rl, response = config.rl_config, config.generate_config.sampling_config.max_tokens
+    if not rl.overlong_buffer_enable:
+        return
+    if rl.rollout_max_tokens != response:
+        raise ValueError(
+            f"rl_config.rollout_max_tokens ({rl.rollout_max_tokens}) must equal generate_config.sampling_config.max_tokens ({response}) "
+            "when overlong_buffer_enable is true"
+        )
+    if not 0 < rl.overlong_buffer < response:
+        raise ValueError(
+            f"rl_config.overlong_buffer ({rl.overlong_buffer}) must be > 0 and < sampling_config.max_tokens ({response}) "
+            "when overlong_buffer_enable is true"
+        )
+
+
+def _clip(config: Config) -> None:
+    rl = config.rl_config
+    if rl.clip_higher_enable and rl.clip_ratio_low > rl.clip_ratio_high:
+        raise ValueError(f"rl_config.clip_ratio_low ({rl.clip_ratio_low}) must be <= rl_config.clip_ratio_high ({rl.clip_ratio_high})")
+
+
+def _parallel(config: Config) -> None:
+    actor, devices = config.actor_config, config.rl_config.actor_resource.num_npus
+    ranks = actor.tensor_model_parallel_size * actor.pipeline_model_parallel_size * actor.context_parallel_size
+    if devices % ranks:
+        raise ValueError(
+            f"rl_config.actor_resource.num_npus ({devices}) must be a multiple of tensor x pipeline x context parallel sizes "
+            f"({actor.tensor_model_parallel_size} x {actor.pipeline_model_parallel_size} x {actor.context_parallel_size} = {ranks})"
+        )
+    if devices % config.generate_config.infer_tensor_parallel_size:
+        raise ValueError(
+            f"rl_config.actor_resource.num_npus ({devices}) must be a multiple of generate_config.infer_tensor_parallel_size "
+            f"({config.generate_config.infer_tensor_parallel_size})"
+        )
+    if actor.sequence_parallel and actor.tensor_model_parallel_size == 1:
+        raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1; set it to false")
+
+
+def check_offered(plan: Plan) -> None:
+    """What this version can run of what can be configured. Raises ValueError with the value to set."""
+    layout = {
+        "actor_config.tensor_model_parallel_size": plan.train.tensor_parallel_size,
+        "actor_config.pipeline_model_parallel_size": plan.train.pipeline_parallel_size,
+        "actor_config.context_parallel_size": plan.train.context_parallel_size,
+        "actor_config.expert_model_parallel_size": plan.train.expert_parallel_size,
+        "generate_config.infer_tensor_parallel_size": plan.rollout.tensor_parallel_size,
+        "rl_config.actor_resource.num_npus": plan.run.num_devices,
+    }
+    for key, value in layout.items():
+        if value != 1:
+            raise ValueError(f"{key}: {value} isn't offered in this version, which trains on one device; set it to 1 (add {key}=1)")

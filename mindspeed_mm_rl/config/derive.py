@@ -1,0 +1,255 @@
+"""From the user's Config to the Plan: every derived value is computed here, once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mindspeed_mm_rl.config.check import check, train_prompts
+from mindspeed_mm_rl.config.load import read_runtime_env
+from mindspeed_mm_rl.config.model_file import ModelChoices, compare_architecture, is_vision_model, model_choices, read_hf_config
+from mindspeed_mm_rl.config.plan import (
+    DataPlan,
+    Dtype,
+    OptimizerPlan,
+    Plan,
+    RecipePlan,
+    RewardPlan,
+    RolloutPlan,
+    RunPlan,
+    TrainPlan,
+)
+from mindspeed_mm_rl.config.schema import Config
+from mindspeed_mm_rl.platforms import device
+
+_PROMPT_KEY, _IMAGE_KEY = "prompt", "images"
+_ADAM_EPS = 1e-8
+_FLOAT32_GAP_BOUND = 0.1
+"""In float32 the two engines agree to about 1e-4; a tenth means that one of them computes something else."""
+_MAX_GRADERS = 8
+
+
+def make_plan(config: Config) -> Plan:
+    """Checks every rule and derives every value. Paths become absolute (relative ones: to the cwd); weights and data aren't opened.
+
+    Raises ValueError with one sentence.
+    """
+    check(config)
+    hf_path = _absolute(config.megatron_training.tokenizer_name_or_path)
+    hf = read_hf_config(hf_path)
+    if hf is not None:
+        compare_architecture(config.model, config.architecture, hf, hf_path)
+    choices, vision = model_choices(config.model), is_vision_model(hf, config.model)
+    env = config.rl_config.runtime_env_path
+    return Plan(
+        run=_run(config),
+        train=_train(config, hf_path, choices),
+        rollout=_rollout(config, hf_path, vision and choices.freeze_vision and choices.freeze_projector),
+        data=_data(config, hf_path),
+        reward=_reward(config, vision),
+        recipe=_recipe(config),
+        runtime_env=read_runtime_env(env, config.folder) if env else (),
+        notes=(*config.notes, *_notes(config, vision)),
+    )
+
+
+def _absolute(path: str | None) -> str:
+    """Workers have another working directory."""
+    return str(Path(path).expanduser().absolute()) if path else ""
+
+
+def _cores() -> int:
+    """Those this process may use; a container's share is often smaller than the machine."""
+    return len(os.sched_getaffinity(0))
+
+
+def _threads() -> int:
+    # Train and rollout take turns, so the one that computes gets every core.
+    return _cores() if device.kind() == "cpu" else 0
+
+
+def _dtype(config: Config) -> Dtype:
+    return "bfloat16" if config.actor_config.bf16 else "float32"
+
+
+def _mini_batch_prompts(config: Config) -> int:
+    return config.rl_config.mini_batch_size or train_prompts(config)
+
+
+def _updates(config: Config) -> int:
+    """Optimizer steps of the whole run."""
+    mini_batches = -(-train_prompts(config) // _mini_batch_prompts(config))
+    return (config.megatron_training.train_iters or 0) * config.rl_config.epochs * mini_batches
+
+
+def _run(config: Config) -> RunPlan:
+    megatron, rl, prompts = config.megatron_training, config.rl_config, train_prompts(config)
+    return RunPlan(
+        train_iters=megatron.train_iters or 0,
+        prompts_per_generation=megatron.global_batch_size or 0,
+        samples_per_prompt=rl.n_samples_per_prompt,
+        mini_batch_prompts=_mini_batch_prompts(config),
+        epochs=rl.epochs,
+        shuffle_mini_batch=rl.shuffle_mini_batch,
+        on_policy=_mini_batch_prompts(config) == prompts and rl.epochs == 1,
+        save=_absolute(config.actor_config.save),
+        save_interval=config.actor_config.save_interval or megatron.train_iters or 0,
+        keep_last=config.actor_config.keep_last,
+        output=_absolute(rl.output or f"logs/{config.name}"),
+        num_devices=rl.actor_resource.num_npus,
+        num_nodes=1,
+        device=device.kind(),
+        timeout_seconds=rl.timeout_seconds,
+        use_tensorboard=rl.use_tensorboard,
+        use_wandb=False,
+        use_swanlab=False,
+        log_max_throughput=rl.log_max_throughput,
+        seed=megatron.seed,
+    )
+
+
+def _train(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
+    actor, rl = config.actor_config, config.rl_config
+    load = _absolute(actor.load) or hf_path
+    bound = rl.logprob_gap_bound
+    return TrainPlan(
+        hf_path=hf_path,
+        load=load,
+        reference_load=_absolute(rl.integrated_mode_config.ref_model_load_path) or load,
+        dtype=_dtype(config),
+        seed=config.megatron_training.seed,
+        freeze_vision=choices.freeze_vision,
+        freeze_projector=choices.freeze_projector,
+        tensor_parallel_size=actor.tensor_model_parallel_size,
+        pipeline_parallel_size=actor.pipeline_model_parallel_size,
+        context_parallel_size=actor.context_parallel_size,
+        expert_parallel_size=actor.expert_model_parallel_size,
+        sequence_parallel=actor.sequence_parallel,
+        max_tokens_per_micro_batch=rl.max_packing_token_size,
+        max_samples_per_micro_batch=0 if rl.use_dynamic_bsz else actor.micro_batch_size or 0,
+        temperature=config.generate_config.sampling_config.temperature,
+        min_pixels=config.megatron_training.min_pixels,
+        max_pixels=config.megatron_training.max_pixels,
+        recompute=actor.recompute_granularity == "full" or choices.recompute,
+        deterministic=actor.npu_deterministic,
+        optimizer=_optimizer(config),
+        no_load_optim=actor.no_load_optim,
+        no_load_rng=actor.no_load_rng,
+        finetune=actor.finetune,
+        timeout_seconds=rl.timeout_seconds,
+        threads=_threads(),
+        logprob_gap_bound=bound if bound is not None else _FLOAT32_GAP_BOUND if not actor.bf16 else 0.0,
+    )
+
+
+def _optimizer(config: Config) -> OptimizerPlan:
+    actor, updates = config.actor_config, _updates(config)
+    return OptimizerPlan(
+        lr=actor.lr,
+        min_lr=actor.min_lr,
+        lr_decay_style=actor.lr_decay_style,
+        warmup_updates=round((actor.lr_warmup_fraction or 0.0) * updates),
+        decay_updates=updates,
+        weight_decay=actor.weight_decay,
+        adam_beta1=actor.adam_beta1,
+        adam_beta2=actor.adam_beta2,
+        adam_eps=_ADAM_EPS,
+        clip_grad=actor.clip_grad,
+        use_distributed_optimizer=actor.use_distributed_optimizer,
+    )
+
+
+def _rollout(config: Config, hf_path: str, image_embeds: bool) -> RolloutPlan:
+    generate, megatron = config.generate_config, config.megatron_training
+    sampling = generate.sampling_config
+    max_model_len = generate.max_model_len or config.rl_config.max_prompt_length + sampling.max_tokens
+    return RolloutPlan(
+        hf_path=hf_path,
+        dtype=_dtype(config),
+        seed=sampling.seed if sampling.seed is not None else megatron.seed,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        max_model_len=max_model_len,
+        max_num_seqs=generate.max_num_seqs,
+        max_num_batched_tokens=max(generate.max_num_batched_tokens, max_model_len),
+        gpu_memory_utilization=generate.gpu_memory_utilization,
+        kv_cache_bytes=generate.kv_cache_bytes,
+        enforce_eager=generate.enforce_eager,
+        enable_prefix_caching=generate.enable_prefix_caching,
+        max_images_per_prompt=generate.limit_mm_image_per_prompt,
+        image_embeds=image_embeds,
+        min_pixels=megatron.min_pixels,
+        max_pixels=megatron.max_pixels,
+        tensor_parallel_size=generate.infer_tensor_parallel_size,
+        trust_remote_code=generate.trust_remote_code,
+        threads=_threads(),
+        timeout_seconds=config.rl_config.timeout_seconds,
+    )
+
+
+def _data(config: Config, hf_path: str) -> DataPlan:
+    megatron, generate = config.megatron_training, config.generate_config
+    return DataPlan(
+        train_path=_absolute(megatron.data_path),
+        hf_path=hf_path,
+        seed=megatron.seed,
+        shuffle=not megatron.no_shuffle,
+        max_prompt_length=config.rl_config.max_prompt_length,
+        min_pixels=megatron.min_pixels,
+        max_pixels=megatron.max_pixels,
+        max_images_per_prompt=generate.limit_mm_image_per_prompt,
+        num_workers=config.actor_config.num_workers,
+        skip_bad_rows=megatron.skip_bad_rows,
+        prompt_key=_PROMPT_KEY,
+        image_key=_IMAGE_KEY,
+        trust_remote_code=generate.trust_remote_code,
+    )
+
+
+def _reward(config: Config, vision: bool) -> RewardPlan:
+    rl = config.rl_config
+    verifiers = rl.verifier_function or ("geo3k" if vision else "base_acc",)
+    return RewardPlan(
+        verifiers=verifiers,
+        weights=rl.verifier_weight or (1.0,) * len(verifiers),
+        overlong_buffer=rl.overlong_buffer if rl.overlong_buffer_enable else 0,
+        overlong_penalty_factor=rl.overlong_buffer_penalty_factor,
+        max_tokens=config.generate_config.sampling_config.max_tokens,
+        workers=rl.verifier_parallel or min(_MAX_GRADERS, max(1, _cores() // 2)),
+        timeout_seconds=rl.verifier_timeout,
+    )
+
+
+def _recipe(config: Config) -> RecipePlan:
+    rl, dapo = config.rl_config, config.megatron_training.stage == "ray_dapo"
+    return RecipePlan(
+        algorithm="dapo" if dapo else "grpo",
+        clip_ratio_low=rl.clip_ratio_low if rl.clip_higher_enable else rl.clip_ratio,
+        clip_ratio_high=rl.clip_ratio_high if rl.clip_higher_enable else rl.clip_ratio,
+        token_level_loss=rl.token_level_loss,
+        kl_penalty=rl.kl_penalty,
+        kl_coef=0.0 if dapo else rl.init_kl_coef,
+        kl_ctrl_type=rl.kl_ctrl_type,
+        kl_target=rl.kl_target,
+        kl_horizon=rl.kl_horizon,
+        entropy_coeff=rl.entropy_coeff,
+        rollout_is_cap=rl.rollout_is_cap,
+        filter_groups=rl.filter_groups_enable,
+        filter_metric=rl.filter_groups_metric,
+        filter_max_batches=rl.filter_groups_max_batches,
+        train_prompts=train_prompts(config),
+    )
+
+
+def _notes(config: Config, vision: bool) -> list[str]:
+    """What a user of the reference system may not expect."""
+    rl, notes = config.rl_config, []
+    if config.megatron_training.stage == "ray_dapo" and rl.init_kl_coef and "init_kl_coef" in rl.model_fields_set:
+        notes.append(f"rl_config: init_kl_coef ({rl.init_kl_coef}) isn't used: ray_dapo has no KL term")
+    tagged = [name for name in rl.verifier_function or () if name in ("base_acc", "acc_for_dapo")]
+    if vision and tagged:
+        notes.append(
+            f"rl_config: verifier_function {', '.join(tagged)} acts on pictures too, and asks for the text data sets' answer format; "
+            "geo3k (0.9 accuracy + 0.1 format) is what geo3k.py's instruction asks for"
+        )
+    return notes

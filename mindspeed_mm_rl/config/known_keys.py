@@ -1,0 +1,167 @@
+"""Keys that users' files hold and that don't act here: accepted with a reason, compared with the model, or refused when set to act.
+
+A section is a dotted path below the YAML's top; `megatron_training` stands for the role sections too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NotOffered:
+    """Refused unless the value is one of `neutral` (null always is). Example: NotOffered((False,), "train without it")."""
+
+    neutral: tuple[Any, ...]
+    instead: str
+
+
+def _reasons(table: dict[str, str]) -> dict[str, str]:
+    return {key: reason for reason, keys in table.items() for key in keys.split()}
+
+
+_KERNELS = "kernels and memory tricks are chosen for the device; they don't change results"
+_SIZES = "work is cut by tokens and balanced over processes; this size isn't needed"
+_FLOW = "the loop's order is fixed and replay is exact; this switch isn't needed"
+_DEVICES = "processes take turns on the devices of actor_resource"
+
+DERIVED: dict[str, dict[str, str]] = {
+    "megatron_training": _reasons({
+        _KERNELS: "use_mcore_models spec use_flash_attn use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb shape_order "
+        "no_bias_dropout_fusion no_masked_softmax_fusion attention_softmax_in_fp32 no_gradient_accumulation_fusion "
+        "gemm_gradient_accumulation_fusion overlap_grad_reduce overlap_param_gather reuse_fp32_param swap_attention swap_optimizer "
+        "recompute_method recompute_num_layers recompute_activation_function accumulate_allreduce_grads_in_fp32 ddp_bucket_size "
+        "use_ascend_coc coc_mode coc_parallel_num coc_fused_kernel transformer_impl use_cp_send_recv_overlap "
+        "use_fused_ring_attention_update moe_grouped_gemm moe_permutation_async_comm moe_alltoall_overlap_comm "
+        "use_fused_moe_token_permute_and_unpermute moe_token_dispatcher_type initial_loss_scale",
+        "sequences are always packed": "variable_seq_lengths no_pad_to_seq_lengths reset_attention_mask reset_position_ids "
+        "attention_mask_type pad_to_multiple_of use_remove_padding",
+        "prompts are bounded by rl_config.max_prompt_length": "seq_length",
+        "the tokenizer and its chat template come from tokenizer_name_or_path": "tokenizer_type tokenizer_not_use_fast "
+        "tokenizer_padding_side prompt_type prompt_type_path",
+        "columns are found by name; train.parquet is used whole": "split dataset_additional_keys dataloader_type "
+        "full_shuffle_instruction_dataset is_instruction_dataset",
+        "chosen for the device": "distributed_backend no_shared_storage use_tp_pp_dp_mapping context_parallel_algo",
+        "the model file and config.json say it": "model mm_model algorithm make_vocab_size_divisible_by",
+        "every iteration is logged": "log_interval log_throughput eval_iters eval_interval",
+        "not part of this loop": "do_sample use_kv_cache dpo_loss_type ref_model refer_model_iter init_method_std "
+        "lora_r lora_alpha lora_ckpt_filter lora_fusion no_check_for_nan_in_loss_and_grad",
+    }),
+    "rl_config": _reasons({
+        _SIZES: "actor_forward_micro_batch_size ref_forward_micro_batch_size vit_forward_micro_batch_size update_micro_batch_size "
+        "actor_rollout_dispatch_size actor_logprob_dispatch_size ref_dispatch_size reward_dispatch_size adv_dispatch_size "
+        "actor_update_dispatch_size critic_value_dispatch_size critic_update_dispatch_size kl_dispatch_size "
+        "dynamic_sampling_dispatch_size actor_image_embeds_dispatch_size num_samples_per_step use_remove_padding "
+        "ref_max_packing_token_size actor_max_packing_token_size ref_dynamic_max_batch_size actor_dynamic_max_batch_size "
+        "update_dynamic_max_batch_size use_dp_batch_balance",
+        _FLOW: "blocking guarantee_order async_engine zmq_communication data_strategy transfer_queue_data_shard_num "
+        "transfer_queue_data_shard_port_base require_max_age_all_finished enable_sharding_validate",
+        _DEVICES: "vit_resource num_cpus_for_local_task num_cpus_for_placement_group hccl_buffersize critic_resource",
+        "a frozen vision encoder runs once per picture and iteration, in the actor, and everyone shares its output": "reuse_image_embeds "
+        "colocate_actor_and_vit",
+        "the model's config.json says it": "is_multimodal",
+        "group-normalised advantages don't use it": "gamma lam advantage_whiten beta cliprange_value use_kl_in_reward tp_split_expert",
+        "no tools are offered in this version": "tool_config_path max_tool_calls max_parallel_calls max_total_response_length "
+        "max_tool_response_length tool_response_truncate_side tool_parser_format",
+        "only with use_wandb or use_swanlab": "wandb_project wandb_exp_name wandb_save_dir swanlab_mode swanlab_project swanlab_exp_name "
+        "swanlab_save_dir",
+    }),
+    "generate_config": _reasons({
+        "the trainer's state is moved off the device whenever it has to be": "offload_train_optimizer offload_train_grad "
+        "offload_train_param",
+        "the rollout engine's own choice": "num_scheduler_steps torchair_graph enable_expert_parallel ascend_scheduler_config_enabled "
+        "eplb_token_collects eplb_token_save_path expert_map_path data_parallel_size",
+        "megatron_training.tokenizer_name_or_path is used": "tokenizer_name_or_path",
+    }),
+    "generate_config.sampling_config": _reasons({
+        "log-probs of the sampled tokens are always kept, text is never re-tokenised": "logprobs detokenize",
+        "rl_config.n_samples_per_prompt is used": "num_completions best_of n",
+    }),
+    "profiler_config.integrated": _reasons({
+        "only with profile: true": "mstx stage profile_save_path profile_export_type profile_level profile_with_memory profile_with_cpu "
+        "profile_with_npu profile_with_module profile_record_shapes profile_step_start profile_step_end profile_analysis "
+        "profile_ranks",
+    }),
+    "msprobe_config": _reasons({
+        "only with msprobe: true": "dump_path key_data_dump configurations_dump actor_train_dump actor_infer_dump token_range_start "
+        "token_range_end reference_dump critic_train_dump step_start step_end",
+    }),
+}
+
+ARCHITECTURE = frozenset(
+    "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention num_query_groups rotary_base "
+    "use_rotary_position_embeddings position_embedding_type rope_scaling_type rope_scaling_factor low_freq_factor high_freq_factor "
+    "original_max_position_embeddings max_position_embeddings beta_fast beta_slow rope_scaling_mscale rope_scaling_mscale_all_dim "
+    "rope_scaling_original_max_position_embeddings rope_scaling_beta_fast rope_scaling_beta_slow normalization norm_epsilon swiglu "
+    "add_qkv_bias attention_bias disable_bias_linear untie_embeddings_and_output_weights padded_vocab_size qk_layernorm "
+    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim num_experts n_shared_experts "
+    "moe_ffn_hidden_size moe_intermediate_size first_k_dense_replace moe_layer_freq moe_router_topk moe_router_num_groups "
+    "moe_router_group_topk moe_router_topk_scaling_factor moe_router_score_function moe_router_enable_expert_bias "
+    "moe_router_load_balancing_type moe_aux_loss_coeff moe_tp_extend_ep norm_topk_prob seq_aux".split()
+)
+"""Keys of the megatron sections that describe the model: config.json decides, numbers that differ are an error."""
+
+_NO_DROPOUT = NotOffered((0,), "remove it: policies are trained without dropout, as they sample without")
+_OFF = (False,)
+
+NOT_OFFERED: dict[str, dict[str, NotOffered]] = {
+    "megatron_training": {
+        "attention_dropout": _NO_DROPOUT,
+        "hidden_dropout": _NO_DROPOUT,
+        "optimizer": NotOffered(("adam",), "adam is the optimizer"),
+        "ai_framework": NotOffered(("",), "PyTorch is the framework"),
+        "pretrained_checkpoint": NotOffered(("",), "use actor_config.load"),
+        "load_checkpoint_loosely": NotOffered(_OFF, "convert the checkpoint so that every weight has its place"),
+        "no_save_optim": NotOffered(_OFF, "saves are always complete"),
+        "no_save_rng": NotOffered(_OFF, "saves are always complete"),
+        "num_layer_list": NotOffered(("",), "use pipeline_model_parallel_size: layers are split evenly"),
+        "num_layers_per_virtual_pipeline_stage": NotOffered((), "use pipeline_model_parallel_size alone"),
+        "noop_layers": NotOffered(("",), "use pipeline_model_parallel_size alone"),
+        "lora_target_modules": NotOffered(("", []), "train all weights"),
+        "skip_train": NotOffered(_OFF, "remove it"),
+        "enable_high_availability": NotOffered(_OFF, "save often and start again from the last save"),
+        "vocab_extra_ids": NotOffered((0,), "add the tokens to the tokenizer and the model"),
+        "is_pairwise_dataset": NotOffered(_OFF, "this version trains on prompts, not on pairs"),
+    },
+    "rl_config": {
+        "use_integrated_worker": NotOffered((True,), "set it to true: actor, reference and rollout share the devices"),
+        "reference_resource": NotOffered(({},), "remove it: the reference shares actor_resource"),
+        "reward_resource": NotOffered(({},), "remove it: rewards are rules, graded on CPU"),
+        "rule_reward": NotOffered((True,), "name rules in verifier_function"),
+        "partial_rollout_max_split": NotOffered((0, 1), "set it to 1: a response is finished in the iteration that began it"),
+        "multi_turn_enable": NotOffered(_OFF, "set it to false: one response per prompt"),
+        "share_backbone": NotOffered(_OFF, "set it to false: it needs LoRA"),
+        "use_wandb": NotOffered(_OFF, "use metrics.jsonl or use_tensorboard"),
+        "use_swanlab": NotOffered(_OFF, "use metrics.jsonl or use_tensorboard"),
+    },
+    "generate_config": {
+        "limit_mm_video_per_prompt": NotOffered((0,), "set it to 0: pictures only"),
+        "infer_pipeline_parallel_size": NotOffered((1,), "set it to 1"),
+        "infer_expert_parallel_size": NotOffered((1,), "set it to 1"),
+    },
+    "generate_config.sampling_config": {
+        key: NotOffered(neutral, f"set it to {neutral[0]}: the loss needs the distribution that was sampled from, whole")
+        for key, neutral in {
+            "top_k": (-1, 0),
+            "top_p": (1,),
+            "min_p": (0,),
+            "repetition_penalty": (1,),
+            "presence_penalty": (0,),
+            "frequency_penalty": (0,),
+        }.items()
+    },
+    "profiler_config.integrated": {"profile": NotOffered(_OFF, "set it to false: timings are in metrics.jsonl")},
+    "msprobe_config": {"msprobe": NotOffered(_OFF, "set it to false")},
+}
+
+IGNORED_SECTIONS: dict[str, str] = {
+    "critic_config": "only ray_ppo has a critic",
+    "vit_config": "the vision encoder's weights come with actor_config.load, its layout is the actor's",
+}
+"""Role sections whose keys are checked and then not used."""
+
+REFUSED_SECTIONS: dict[str, str] = {
+    "ref_config": "the reference has the actor's layout; give its weights in rl_config.integrated_mode_config.ref_model_load_path",
+    "reward_config": "rewards are rules; name them in rl_config.verifier_function",
+}

@@ -1,0 +1,189 @@
+"""From a YAML file and `a.b=c` overrides to a Config. Every mistake of the user is one ValueError that says what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from mindspeed_mm_rl.config import known_keys
+from mindspeed_mm_rl.config.model_file import find_file, read_model
+from mindspeed_mm_rl.config.schema import Config, GenerateConfig, MegatronConfig, RLConfig
+from mindspeed_mm_rl.config.spellings import SPELLINGS
+
+_ROLES = ("actor_config", *known_keys.IGNORED_SECTIONS)
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "megatron_training": MegatronConfig,
+    **dict.fromkeys(_ROLES, MegatronConfig),
+    "rl_config": RLConfig,
+    "generate_config": GenerateConfig,
+}
+_ACCEPTED_SECTIONS = ("profiler_config", "msprobe_config")
+_TOP = (*_SECTIONS, *_ACCEPTED_SECTIONS, *known_keys.REFUSED_SECTIONS, "model", "defaults")
+_HYDRA_OWN = ("hydra",)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads and validates; paths of weights and data aren't opened here. Raises ValueError with one sentence."""
+    path = Path(path).expanduser()
+    tree = _read(path, overrides)
+    _refuse_sections(tree)
+    notes: dict[tuple[str, str], list[str]] = {}
+    architecture: dict[str, Any] = {}
+    sections = {name: _sort_section(name, tree.get(name), model, notes, architecture) for name, model in _SECTIONS.items()}
+    for name in _ACCEPTED_SECTIONS:
+        _sort_section(name, tree.get(name), None, notes, architecture)
+    for name, reason in known_keys.IGNORED_SECTIONS.items():
+        if used := sections[name]:
+            _validate(MegatronConfig, name, sections["megatron_training"] | used)
+            notes[(name, reason)] = list(used)
+    megatron = sections["megatron_training"]
+    return Config(
+        name=path.stem,
+        folder=str(path.resolve().parent),
+        megatron_training=_validate(MegatronConfig, "megatron_training", megatron),
+        actor_config=_validate(MegatronConfig, "actor_config", megatron | sections["actor_config"]),
+        rl_config=_validate(RLConfig, "rl_config", sections["rl_config"]),
+        generate_config=_validate(GenerateConfig, "generate_config", sections["generate_config"]),
+        model=read_model(tree.get("model"), tree.get("defaults"), path.resolve().parent, (tree.get("megatron_training") or {}).get("model")),
+        architecture=architecture,
+        notes=tuple(f"{section}: {', '.join(keys)}: {reason}" for (section, reason), keys in notes.items()),
+    )
+
+
+def read_runtime_env(path: str, folder: str) -> tuple[tuple[str, str], ...]:
+    """The env_vars of a runtime_env YAML, as strings, sorted by name; ValueError when it has another shape."""
+    file = find_file(path, Path(folder), "rl_config.runtime_env_path")
+    content = _parse(file)
+    variables = content.get("env_vars") or {}
+    if not isinstance(variables, dict) or any(isinstance(value, dict | list) for value in variables.values()):
+        raise ValueError(f"{file}: env_vars must be a map of names to plain values")
+    return tuple(sorted((str(name), _env_text(value)) for name, value in variables.items() if value is not None))
+
+
+def _env_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        nearest = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1) if path.parent.is_dir() else []
+        raise ValueError(f"configuration file {path} doesn't exist" + (f"; did you mean {path.parent / nearest[0]}?" if nearest else ""))
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} can't be read as YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold sections such as megatron_training: and rl_config:, not a {type(content).__name__}")
+    return content
+
+
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    tree = OmegaConf.create(_parse(path))
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        if not equals or not name.strip("+"):
+            raise ValueError(f"'{override}' isn't an override: write section.key=value, for example rl_config.mini_batch_size=32")
+        try:
+            tree.merge_with_dotlist([override.lstrip("+")])
+        except (yaml.YAMLError, OmegaConfBaseException, AssertionError, TypeError) as error:
+            raise ValueError(f"override '{override}' can't be applied: {_one_line(error)}") from error
+    try:
+        content = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
+    return {str(key): value for key, value in content.items()}
+
+
+def _refuse_sections(tree: Mapping[str, Any]) -> None:
+    for name, value in tree.items():
+        if name in known_keys.REFUSED_SECTIONS and value:
+            raise ValueError(f"section {name} isn't offered: {known_keys.REFUSED_SECTIONS[name]}")
+        if name not in _TOP and name not in _HYDRA_OWN:
+            raise ValueError(f"unknown section {name}" + _nearest(name, _TOP))
+
+
+def _sort_section(
+    name: str, content: Any, model: type[BaseModel] | None, notes: dict[tuple[str, str], list[str]], architecture: dict[str, Any]
+) -> dict[str, Any]:
+    """Splits a section's keys by kind; returns those of the schema, respelled, null ones left out (null = the default)."""
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} must be a section of key: value lines, not {content!r}")
+    family = "megatron_training" if model is MegatronConfig else name
+    spellings = SPELLINGS.get(family, {})
+    derived, refused = known_keys.DERIVED.get(family, {}), known_keys.NOT_OFFERED.get(family, {})
+    acting: dict[str, Any] = {}
+    given = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key, value in given.items():
+        target = spellings.get(key, key)
+        if model is not None and target in model.model_fields:
+            nested = _section_class(model, target)
+            if nested is not None:
+                value = _sort_section(f"{name}.{target}", value, nested, notes, architecture)
+            if value is not None and (key == target or given.get(target) is None):
+                acting[target] = value
+        elif key in derived:
+            notes.setdefault((family, derived[key]), []).append(key)
+        elif family == "megatron_training" and key in known_keys.ARCHITECTURE:
+            architecture[key] = value
+        elif key in refused:
+            _refuse(f"{name}.{key}", value, refused[key])
+        elif f"{name}.{key}" in known_keys.DERIVED:
+            _sort_section(f"{name}.{key}", value, None, notes, architecture)
+        else:
+            known = [*(model.model_fields if model else ()), *derived, *refused, *spellings]
+            raise ValueError(f"unknown key {name}.{key}" + _nearest(key, known))
+    return acting
+
+
+def _section_class(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+    annotation = model.model_fields[field].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _refuse(key: str, value: Any, rule: known_keys.NotOffered) -> None:
+    if value is not None and not any(value == neutral for neutral in rule.neutral):
+        raise ValueError(f"{key}: {value} isn't offered in this version; {rule.instead}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known)[:8])}, ..."
+
+
+def _validate(model: type[BaseModel], name: str, values: dict[str, Any]) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join([name, *(str(part) for part in problem["loc"])])
+        raise ValueError(f"{key}: {problem['input']!r} isn't allowed; {_rule(model, problem)}") from error
+
+
+def _rule(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    text = str(problem["msg"]).removeprefix("Input should be ")
+    field = model.model_fields.get(str(problem["loc"][0])) if problem["loc"] else None
+    choices = [str(choice) for choice in _literal_choices(field.annotation if field else None)]
+    if choices:
+        close = difflib.get_close_matches(str(problem["input"]), choices, 1)
+        return f"choose {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else "")
+    return f"it must be {text}"
+
+
+def _literal_choices(annotation: Any) -> tuple[Any, ...]:
+    for part in (annotation, *get_args(annotation)):
+        if get_origin(part) is not None and str(get_origin(part)) == "typing.Literal":
+            return get_args(part)
+    return ()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

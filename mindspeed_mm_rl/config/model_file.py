@@ -1,0 +1,174 @@
+"""The `model:` file: freezing, pipeline split and recompute, plus architecture numbers that must agree with config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Name in a model file -> path in a Hugging Face config.json, per part. Numbers only: names of variants differ between the two worlds.
+_TEXT_NUMBERS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+    "rotary_base": "rope_theta",
+    "layernorm_epsilon": "rms_norm_eps",
+    "norm_epsilon": "rms_norm_eps",
+    "num_experts": "num_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "mrope_section": "mrope_section",
+}
+_VISION_NUMBERS = {
+    "num_layers": "depth",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_heads",
+    "patch_size": "patch_size",
+    "spatial_merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "window_attn_size": "window_size",
+    "fullatt_block_indexes": "fullatt_block_indexes",
+    "tokens_per_second": "tokens_per_second",
+}
+_TOP_NUMBERS = {
+    "image_token_id": "image_token_id",
+    "img_context_token_id": "image_token_id",
+    "video_token_id": "video_token_id",
+    "vision_start_token_id": "vision_start_token_id",
+}
+
+
+@dataclass(frozen=True)
+class ModelChoices:
+    """What a model file decides. Example: ModelChoices(freeze_vision=True, freeze_projector=True, recompute=False)."""
+
+    freeze_vision: bool
+    freeze_projector: bool
+    recompute: bool
+
+
+def find_file(path: str, folder: Path, key: str) -> Path:
+    """`path` as given, else relative to `folder` (of the YAML), to the repository, to the cwd; ValueError names all places."""
+    wanted = Path(path).expanduser()
+    places = [wanted] if wanted.is_absolute() else [base / wanted for base in (folder, _REPOSITORY, Path.cwd())]
+    for place in places:
+        if place.is_file():
+            return place
+    looked = ", ".join(dict.fromkeys(str(place.parent.resolve()) for place in places))
+    raise ValueError(f"{key}: {path} doesn't exist (looked in {looked})")
+
+
+def read_model(model: Any, defaults: Any, folder: Path, name: Any) -> dict[str, Any]:
+    """Content of `model: <path>`, of `defaults: - model: <name>` (model/<name>.yaml or .json beside the YAML), or of a section."""
+    if isinstance(model, dict):
+        return _named(model, name)
+    if isinstance(model, str):
+        return _named(_read(find_file(model, folder, "model")), name)
+    for entry in defaults if isinstance(defaults, list) else []:
+        chosen = entry.get("model") if isinstance(entry, dict) else None
+        for one in [chosen] if isinstance(chosen, str) else chosen or []:
+            return _named(_read(_find_default(one, folder)), name)
+    return {}
+
+
+def _find_default(name: str, folder: Path) -> Path:
+    bases = [base / "model" for base in (folder, folder.parent, _REPOSITORY / "examples/rl")]
+    for candidate in (base / f"{name}{ending}" for base in bases for ending in ("", ".yaml", ".json")):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"defaults: model: {name}: no {name}.yaml or {name}.json in {', '.join(map(str, bases))}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text()) if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.load(path))
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a map, not a {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _named(content: dict[str, Any], name: Any) -> dict[str, Any]:
+    """Model files for text hold {name: {...}}; `megatron_training.model` picks one, the only one needs no picking."""
+    inner = content.get(name) if isinstance(name, str) else None
+    if inner is None and len(content) == 1:
+        inner = next(iter(content.values()))
+    return inner if isinstance(inner, dict) else content
+
+
+def model_choices(model: Mapping[str, Any]) -> ModelChoices:
+    """Vision encoder and projector are frozen unless the model file says otherwise."""
+    vision, projector = _parts(model)
+    return ModelChoices(
+        freeze_vision=bool(vision.get("freeze", True)),
+        freeze_projector=bool(projector.get("freeze", True)),
+        recompute=(model.get("text_decoder") or {}).get("recompute_granularity") == "full",
+    )
+
+
+def _parts(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    encoder = model.get("image_encoder") or {}
+    return encoder.get("vision_encoder") or {}, encoder.get("vision_projector") or {}
+
+
+def read_hf_config(folder: str) -> dict[str, Any] | None:
+    """config.json of a Hugging Face folder; None when there is none."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def is_vision_model(hf: Mapping[str, Any] | None, model: Mapping[str, Any]) -> bool:
+    return "vision_config" in hf if hf is not None else bool(model.get("image_encoder"))
+
+
+def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The text part with rope settings at its top, for both generations of config.json."""
+    text = dict(hf.get("text_config") or hf)
+    for rope in (text.get("rope_scaling"), text.get("rope_parameters")):
+        text |= {key: rope[key] for key in ("mrope_section", "rope_theta") if rope and key in rope}
+    if text.get("head_dim") is None and text.get("num_attention_heads"):
+        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    return text
+
+
+def compare_architecture(model: Mapping[str, Any], section_keys: Mapping[str, Any], hf: Mapping[str, Any], hf_path: str) -> None:
+    """ValueError for the first number of the model file or the YAML that differs from config.json, with both values."""
+    text, vision = text_config(hf), hf.get("vision_config") or {}
+    decoder = model.get("text_decoder") or (model if "num_layers" in model else {})
+    encoder, projector = _parts(model)
+    _compare("model: text_decoder", decoder, _TEXT_NUMBERS, text, hf_path)
+    _compare("megatron_training", section_keys, _TEXT_NUMBERS, text, hf_path)
+    if vision:
+        _compare("model: vision_encoder", encoder, _VISION_NUMBERS, vision, hf_path)
+        _compare("model: vision_projector", projector, {"hidden_size": "hidden_size"}, text, hf_path)
+        _compare("model", model, _TOP_NUMBERS, hf, hf_path)
+    for part, name, layers in ((decoder, "text_decoder", text.get("num_hidden_layers")), (encoder, "vision_encoder", vision.get("depth"))):
+        split = part.get("pipeline_num_layers")
+        if split is not None and layers is not None and sum(_flat(split)) != layers:
+            raise ValueError(f"model: {name}.pipeline_num_layers {split} sums to {sum(_flat(split))}, but {hf_path} has {layers} layers")
+
+
+def _flat(split: Any) -> list[int]:
+    return [number for part in split for number in _flat(part)] if isinstance(split, list) else [int(split)]
+
+
+def _compare(where: str, ours: Mapping[str, Any], names: Mapping[str, str], theirs: Mapping[str, Any], hf_path: str) -> None:
+    for name, hf_name in names.items():
+        mine, right = ours.get(name), theirs.get(hf_name)
+        if mine is None or right is None or mine == right:
+            continue
+        if isinstance(mine, str) or not isinstance(mine, int | float | list):
+            raise ValueError(f"{where}.{name} must be a number, not {mine!r}")
+        raise ValueError(f"{where}.{name} is {mine}, but {hf_name} in {hf_path}/config.json is {right}; config.json decides")

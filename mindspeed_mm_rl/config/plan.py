@@ -1,0 +1,200 @@
+"""All values that a run works with, derived once from the user's configuration, frozen, and printed at the start.
+
+Everything below the configuration reads these dataclasses, never the user's sections.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    lr: float
+    min_lr: float
+    lr_decay_style: Literal["constant", "linear", "cosine"]
+    warmup_updates: int
+    """Optimizer steps of linear warm-up from 0."""
+    decay_updates: int
+    """Optimizer steps until min_lr is reached (all of the run)."""
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    clip_grad: float
+    """Global gradient norm; 0 = no clipping."""
+    use_distributed_optimizer: bool
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The actor's megatron engine."""
+
+    hf_path: str
+    """Folder with config.json, tokenizer and preprocessor_config.json: the architecture."""
+    load: str
+    """Weights: Hugging Face folder, mm-convert output, or a training save (recognised by content)."""
+    reference_load: str
+    """Weights of the KL reference: the same kinds of folder."""
+    dtype: Dtype
+    seed: int
+    freeze_vision: bool
+    freeze_projector: bool
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    context_parallel_size: int
+    expert_parallel_size: int
+    sequence_parallel: bool
+    max_tokens_per_micro_batch: int
+    """Packed tokens of one micro-batch; a single longer sample still gets a micro-batch of its own."""
+    max_samples_per_micro_batch: int
+    """0 = no bound but the tokens."""
+    temperature: float
+    """Logits are divided by it: the one policy of trainer and rollout engine."""
+    min_pixels: int
+    max_pixels: int
+    recompute: bool
+    deterministic: bool
+    optimizer: OptimizerPlan
+    no_load_optim: bool
+    no_load_rng: bool
+    finetune: bool
+    """True: only weights are taken from `load`; iteration, optimizer and RNG start anew."""
+    timeout_seconds: float
+    threads: int
+    """Intra-op threads of the process; 0 = leave torch's choice."""
+    logprob_gap_bound: float
+    """The run stops before the optimizer step when a token's |trainer - rollout| log-prob exceeds it; 0 = no bound."""
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """The vLLM engine."""
+
+    hf_path: str
+    dtype: Dtype
+    seed: int
+    temperature: float
+    max_tokens: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float
+    kv_cache_bytes: int
+    """Size of the KV cache on CPU, where no share of device memory can be asked for."""
+    enforce_eager: bool
+    enable_prefix_caching: bool
+    max_images_per_prompt: int
+    image_embeds: bool
+    """True: pictures arrive as ImageFeatures of the trainer's frozen vision encoder; False: as pixels."""
+    min_pixels: int
+    max_pixels: int
+    tensor_parallel_size: int
+    trust_remote_code: bool
+    threads: int
+    timeout_seconds: float
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    train_path: str
+    """Parquet file, or a folder that holds train.parquet."""
+    hf_path: str
+    seed: int
+    shuffle: bool
+    max_prompt_length: int
+    """Longer prompts (after image expansion) are dropped and counted."""
+    min_pixels: int
+    max_pixels: int
+    max_images_per_prompt: int
+    num_workers: int
+    """Threads that decode and resize pictures ahead of their use."""
+    skip_bad_rows: bool
+    """True: a corrupt row is skipped and counted; False: it ends the run, named by file and row."""
+    prompt_key: str
+    image_key: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class RewardPlan:
+    verifiers: tuple[str, ...]
+    weights: tuple[float, ...]
+    overlong_buffer: int
+    """Tokens before max_tokens in which the penalty grows from 0 to its factor; 0 = no penalty."""
+    overlong_penalty_factor: float
+    max_tokens: int
+    workers: int
+    timeout_seconds: float
+    """Bound for grading one sample; over it the sample is graded wrong and counted."""
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    algorithm: Literal["grpo", "dapo"]
+    clip_ratio_low: float
+    clip_ratio_high: float
+    token_level_loss: bool
+    kl_penalty: Literal["kl", "abs", "mse", "low_var_kl"]
+    kl_coef: float
+    """0 = no KL term and no reference model."""
+    kl_ctrl_type: Literal["fixed", "adaptive"]
+    kl_target: float
+    kl_horizon: float
+    entropy_coeff: float
+    rollout_is_cap: float
+    """Cap of the truncated importance weight exp(old - rollout); 0 = off."""
+    filter_groups: bool
+    filter_metric: str
+    """Verifier name, or `accuracy`, or `score`."""
+    filter_max_batches: int
+    """Generation batches per iteration; <= 0 = no limit."""
+    train_prompts: int
+    """Prompts that one iteration trains on."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    train_iters: int
+    prompts_per_generation: int
+    """Prompts drawn at a time (global_batch_size)."""
+    samples_per_prompt: int
+    mini_batch_prompts: int
+    epochs: int
+    """Passes over one rollout batch."""
+    shuffle_mini_batch: bool
+    on_policy: bool
+    """One mini-batch and one epoch: the old log-probs are the detached current ones."""
+    save: str
+    """Folder of the saves; empty = no saves."""
+    save_interval: int
+    keep_last: int
+    """Saves to keep; 0 = all."""
+    output: str
+    """Folder for metrics.jsonl, tensorboard, table and picture."""
+    num_devices: int
+    num_nodes: int
+    device: Literal["cpu", "cuda", "npu"]
+    timeout_seconds: float
+    use_tensorboard: bool
+    use_wandb: bool
+    use_swanlab: bool
+    log_max_throughput: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    run: RunPlan
+    train: TrainPlan
+    rollout: RolloutPlan
+    data: DataPlan
+    reward: RewardPlan
+    recipe: RecipePlan
+    runtime_env: tuple[tuple[str, str], ...]
+    """Environment variables that the user asks for in every worker."""
+    notes: tuple[str, ...]
+    """One line per user's key that was accepted and derived, for the printed plan."""

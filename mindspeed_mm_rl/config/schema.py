@@ -1,0 +1,258 @@
+"""The user's sections: every key that acts, with its default. Defaults are written here and nowhere else.
+
+Keys that are accepted without acting, or not offered, are in known_keys.py; other spellings in spellings.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Positive = Field(gt=0)
+NonNegative = Field(ge=0)
+
+
+class Section(BaseModel):
+    """Frozen, refuses unknown keys; the string under a field is its description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class MegatronConfig(Section):
+    """`megatron_training`; `actor_config` has the same keys and overrides them for the actor."""
+
+    stage: Literal["ray_grpo", "ray_dapo", "ray_ppo", "dpo"] | None = None
+    """The algorithm. This version runs ray_grpo and ray_dapo."""
+    global_batch_size: int | None = Field(None, gt=0)
+    """Prompts drawn at a time; without dynamic sampling, also the prompts that an iteration trains on."""
+    train_iters: int | None = Field(None, gt=0)
+    """Iterations of the whole run, the resumed ones included."""
+    save_interval: int | None = Field(None, gt=0)
+    """Iterations between saves; null = only the final one."""
+    keep_last: int = Field(0, ge=0)
+    """Saves to keep; 0 = all."""
+    tokenizer_name_or_path: str | None = None
+    """Hugging Face folder of the model: config.json, tokenizer, preprocessor_config.json. It is the architecture."""
+    data_path: str | None = None
+    """Parquet file, or a folder that holds train.parquet."""
+    min_pixels: int = Field(512 * 512, gt=0)
+    """Pictures are enlarged to at least this many pixels."""
+    max_pixels: int = Field(2048 * 2048, gt=0)
+    """Pictures are reduced to at most this many pixels."""
+    skip_bad_rows: bool = False
+    """true: corrupt rows are skipped and counted; false: the first one ends the run, named by file and row."""
+    no_shuffle: bool = False
+    """true: rows in file order."""
+    num_workers: int = Field(2, ge=0)
+    """Threads that decode pictures ahead of their use; 0 = when needed."""
+    seed: int = 1234
+    """Of the data order, of random states, and of sampling unless sampling_config.seed is given."""
+    bf16: bool = True
+    """false: training in float32."""
+    npu_deterministic: bool = False
+    """Deterministic kernels on every device."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Most samples of one packed micro-batch (null or rl_config.use_dynamic_bsz: only max_packing_token_size bounds it)."""
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    """Processes that share each layer."""
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    """Processes that share the stack of layers."""
+    context_parallel_size: int = Field(1, gt=0)
+    """Processes that share each sequence."""
+    expert_model_parallel_size: int = Field(1, gt=0)
+    """Processes that share the experts."""
+    sequence_parallel: bool = False
+    """Norms and dropout split over the sequence; needs tensor_model_parallel_size > 1."""
+    use_distributed_optimizer: bool = False
+    """Optimizer state split over data-parallel processes."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """full: layers are run again in the backward pass, for memory."""
+    lr: float = Field(1e-6, ge=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
+    """From lr to min_lr over all updates of the run."""
+    lr_warmup_fraction: float | None = Field(None, ge=0, le=1)
+    """Share of all updates with linear warm-up from 0; null = none."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's, on matrices."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient norm; 0 = no clipping."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
+    load: str | None = None
+    """Weights: Hugging Face folder, mm-convert output or a training save; null = tokenizer_name_or_path."""
+    save: str | None = None
+    """Folder of the saves; null = none."""
+    finetune: bool = False
+    """true: only weights are taken from `load`; iteration, optimizer, data position and random state start anew."""
+    no_load_optim: bool = False
+    """true: optimizer state is not resumed."""
+    no_load_rng: bool = False
+    """true: random state is not resumed."""
+
+
+class ActorResource(Section):
+    num_npus: int = Field(1, gt=0)
+    """Devices of the actor and of the rollout that takes turns with it (NPU, GPU, or process on CPU)."""
+
+
+class IntegratedModeConfig(Section):
+    ref_model_load_path: str | None = None
+    """Weights of the KL reference; null = actor_config.load. To be given when `load` is a training save."""
+
+
+class RLConfig(Section):
+    """`rl_config`: algorithm, rewards, resources, logs."""
+
+    actor_resource: ActorResource = ActorResource()
+    """Devices."""
+    integrated_mode_config: IntegratedModeConfig = IntegratedModeConfig()
+    """The reference model."""
+    runtime_env_path: str | None = None
+    """YAML whose env_vars go to every worker process."""
+    timeout_seconds: float = Field(1800.0, gt=0)
+    """A worker or collective that is silent for longer ends the run."""
+    output: str | None = None
+    """Folder of metrics.jsonl, tensorboard, table and picture; null = logs/<name of the YAML>."""
+    n_samples_per_prompt: int = Field(1, gt=0)
+    """Responses per prompt; advantages are normalised over them, so at least 2."""
+    mini_batch_size: int | None = Field(None, gt=0)
+    """Prompts per optimizer step; null = all of the iteration (on-policy)."""
+    epochs: int = Field(1, gt=0)
+    """Passes over the samples of an iteration."""
+    shuffle_mini_batch: bool = False
+    """true: groups are shuffled before they are cut into mini-batches."""
+    max_prompt_length: int = Field(512, gt=0)
+    """Tokens, image tokens included; longer prompts are dropped and counted."""
+    use_dynamic_bsz: bool = False
+    """true: micro_batch_size is not used, max_packing_token_size alone bounds a micro-batch."""
+    max_packing_token_size: int = Field(4096, gt=0)
+    """Tokens of one packed micro-batch (of [forward, update] the second)."""
+    adv_estimator: Literal["group_norm", "gae"] = "group_norm"
+    """How advantages are computed. This version: group_norm."""
+    clip_ratio: float = Field(0.2, gt=0, lt=1)
+    """Clip of the probability ratio on both sides, unless clip_higher_enable."""
+    clip_higher_enable: bool = False
+    """true: clip_ratio_low and clip_ratio_high instead of clip_ratio (arXiv 2503.14476, section 3.1)."""
+    clip_ratio_low: float = Field(0.1, gt=0, lt=1)
+    """Ratio is clipped below 1 - this."""
+    clip_ratio_high: float = Field(0.1, gt=0)
+    """Ratio is clipped above 1 + this."""
+    token_level_loss: bool = True
+    """true: mean over all response tokens of the mini-batch; false: mean of the sequences' means."""
+    entropy_coeff: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus; 0 = none."""
+    kl_penalty: Literal["kl", "abs", "mse", "low_var_kl"] = "low_var_kl"
+    """Estimate of KL(policy, reference) in the loss of ray_grpo."""
+    init_kl_coef: float = Field(0.01, ge=0)
+    """Weight of the KL term; 0 = no reference model. ray_dapo has no KL term."""
+    kl_ctrl_type: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: the weight follows kl_target (arXiv 1909.08593, section 2.2)."""
+    kl_target: float = Field(100.0, gt=0)
+    """KL that the adaptive controller aims at."""
+    kl_horizon: float = Field(1000.0, gt=0)
+    """Samples over which the adaptive controller acts."""
+    rollout_is_cap: float = Field(0.0, ge=0)
+    """Cap of the truncated importance weight exp(old - rollout log-prob); 0 = off."""
+    logprob_gap_bound: float | None = Field(None, ge=0)
+    """Largest |trainer - rollout| log-prob of a token before the run stops; 0 = no bound; null = 0.1 in float32, none in bfloat16."""
+    filter_groups_enable: bool = False
+    """Dynamic sampling: groups whose samples all score the same are dropped and refilled (arXiv 2503.14476, section 3.2)."""
+    filter_groups_metric: str = "acc"
+    """What must differ within a group: a verifier of verifier_function, or accuracy, or score."""
+    filter_groups_max_batches: int = 1
+    """Generation batches an iteration may draw before the run ends with an error; <= 0 = no limit."""
+    filter_groups_train_batch_size: int | None = Field(None, gt=0)
+    """Prompts an iteration trains on when filtering; null = global_batch_size."""
+    overlong_buffer_enable: bool = False
+    """Penalty for responses near the length limit (arXiv 2503.14476, section 3.4)."""
+    rollout_max_tokens: int = Field(2048, gt=0)
+    """Must equal sampling_config.max_tokens when the penalty is on."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Tokens before the limit over which the penalty grows from 0 to its factor."""
+    overlong_buffer_penalty_factor: float = Field(1.0, ge=0)
+    """Penalty at the limit."""
+    verifier_function: tuple[str, ...] | None = None
+    """Names of the rewards' registry; null = geo3k for pictures (0.9 accuracy + 0.1 format), base_acc for text."""
+    verifier_weight: tuple[float, ...] | None = None
+    """One weight per verifier; null = 1.0 each."""
+    verifier_parallel: int | None = Field(None, gt=0)
+    """Processes that grade; null = half of the cores, at most 8."""
+    verifier_timeout: float = Field(30.0, gt=0)
+    """Seconds for one sample; over it the sample counts as wrong."""
+    use_tensorboard: bool = True
+    """Scalars under <output>/tensorboard."""
+    log_max_throughput: bool = False
+    """true: tokens per second from the longest instead of the mean lengths."""
+
+    @field_validator("max_packing_token_size", mode="before")
+    @classmethod
+    def _of_two_the_update(cls, value: Any) -> Any:
+        return value[-1] if isinstance(value, list) and value else value
+
+    @field_validator("verifier_function", "verifier_weight", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | float) else value
+
+
+class SamplingConfig(Section):
+    max_tokens: int = Field(2048, gt=0)
+    """Longest response, end token included."""
+    temperature: float = Field(1.0, gt=0)
+    """Logits are divided by it when sampling and in the loss."""
+    seed: int | None = None
+    """Of sampling; null = megatron_training.seed."""
+
+
+class GenerateConfig(Section):
+    """`generate_config`: the rollout engine."""
+
+    sampling_config: SamplingConfig = SamplingConfig()
+    """How responses are sampled."""
+    infer_tensor_parallel_size: int = Field(1, gt=0)
+    """Processes that share each layer of the rollout engine."""
+    limit_mm_image_per_prompt: int = Field(1, ge=0)
+    """Pictures a prompt may hold."""
+    trust_remote_code: bool = False
+    """true: Python code in the model folder is run. No offered model needs it."""
+    max_num_seqs: int = Field(64, gt=0)
+    """Sequences the engine runs at a time."""
+    max_model_len: int | None = Field(None, gt=0)
+    """Tokens of prompt and response; null = max_prompt_length + max_tokens."""
+    max_num_batched_tokens: int = Field(2048, gt=0)
+    """Tokens of one engine step; raised to max_model_len where prompts may not be cut in pieces."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """null = as megatron_training.bf16 says, and it may not say anything else."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    """Share of device memory (not on CPU)."""
+    kv_cache_bytes: int = Field(256 * 2**20, gt=0)
+    """KV cache on CPU."""
+    enable_prefix_caching: bool = False
+    """The prompt of a group is computed once."""
+    enforce_eager: bool = True
+    """false: graphs or compilation where the device has them."""
+
+
+class Config(Section):
+    """A checked user configuration. `actor_config` already holds what `megatron_training` says for it."""
+
+    name: str
+    """Name of the YAML without its ending."""
+    megatron_training: MegatronConfig
+    actor_config: MegatronConfig
+    rl_config: RLConfig
+    generate_config: GenerateConfig
+    model: dict[str, Any]
+    """Content of the model file; {} without one."""
+    architecture: dict[str, Any]
+    """Architecture keys among the megatron sections: compared with the Hugging Face config.json, never used."""
+    folder: str
+    """Folder of the YAML: relative paths of other configuration files are looked up there first."""
+    notes: tuple[str, ...] = ()
+    """One line per reason for which keys were accepted without acting."""

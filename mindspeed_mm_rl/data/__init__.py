@@ -1,0 +1,1 @@
+"""From parquet rows to prompts: rows, chat template, pictures, position, packing."""

@@ -1,0 +1,220 @@
+"""Rows of parquet files by number: exact random access, only the row groups that are asked for, every complaint with file and row."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+IMAGE_MARKER = "<image>"
+"""Stands in a prompt's text where a picture goes."""
+
+_CACHE_BYTES = 512 * 2**20
+"""Row groups kept in memory: shuffled rows would otherwise decompress a whole group for each row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question as the file holds it.
+
+    Example: Row("train.parquet, row 3", ({"role": "user", "content": "<image>Find x."},), (png,), "5")
+    """
+
+    where: str
+    """File and row number (from 0), for messages to people."""
+    messages: tuple[dict[str, str], ...]
+    images: tuple[bytes, ...]
+    """Encoded pictures (PNG, JPEG, ...), in the order of their markers."""
+    answer: str
+    data_source: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """extra_info of the row."""
+
+
+def parquet_files(path: str | Path, split: str = "train") -> tuple[Path, ...]:
+    """The file itself, or in a folder `<split>.parquet`, else its shards `<split>-*-of-*.parquet`; ValueError when there are none."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return (path,)
+    if not path.is_dir():
+        raise ValueError(
+            f"data file {path} does not exist: make it with examples/rl/data_preprocess, or correct megatron_training.data_path"
+        )
+    if (whole := path / f"{split}.parquet").is_file():
+        return (whole,)
+    if shards := tuple(sorted(path.glob(f"{split}-*-of-*.parquet"))):
+        return shards
+    raise ValueError(f"data folder {path} holds neither {split}.parquet nor {split}-*-of-*.parquet")
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts the place in front of the ValueErrors of what cannot know it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of the file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ParquetRows:
+    """All rows of the files of `path`, numbered through; safe to index from several threads.
+
+    Raises ValueError at once for what no row can mend: no file, no parquet, no prompt column, no answer column, images of a wrong type.
+    """
+
+    def __init__(self, path: str | Path, prompt_key: str = "prompt", image_key: str = "images") -> None:
+        self.files = parquet_files(path)
+        self._prompt_key, self._image_key = prompt_key, image_key
+        self._readers = [_open(file) for file in self.files]
+        for file, reader in zip(self.files, self._readers, strict=True):
+            _check_columns(file, reader.schema_arrow, prompt_key, image_key)
+        # (file, row group) of each group and the number of its first row, over all files.
+        self._groups = [(f, g) for f, reader in enumerate(self._readers) for g in range(reader.num_row_groups)]
+        sizes = [self._readers[f].metadata.row_group(g).num_rows for f, g in self._groups]
+        self._first_rows = [0, *accumulate(sizes)]
+        self._first_of_file = [0, *accumulate(reader.metadata.num_rows for reader in self._readers)]
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+        if len(self) == 0:
+            raise ValueError(f"data file {self.files[0]} has no rows")
+
+    def __len__(self) -> int:
+        return self._first_rows[-1]
+
+    def __getitem__(self, number: int) -> Row:
+        """Raises ValueError that names file and row when the row lacks what a prompt needs."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        group = bisect_right(self._first_rows, number) - 1
+        table = self._group(group)
+        record = table.slice(number - self._first_rows[group], 1).to_pylist()[0]
+        file = self.files[self._groups[group][0]]
+        return self._row(record, file, number - self._first_of_file[self._groups[group][0]])
+
+    def check_marked_images(self) -> None:
+        """Raises ValueError when prompts mark pictures and their file has no column for them. Reads the prompts of such files alone."""
+        for file, reader in zip(self.files, self._readers, strict=True):
+            if self._image_key in reader.schema_arrow.names:
+                continue
+            for number, prompt in enumerate(reader.read(columns=[self._prompt_key])[self._prompt_key].to_pylist()):
+                if IMAGE_MARKER in str(prompt):
+                    raise ValueError(
+                        f"{file} has no column '{self._image_key}', but its prompts have {IMAGE_MARKER} markers (row {number})"
+                    )
+
+    def digests(self) -> dict[str, str]:
+        """File name -> sha256 of its bytes."""
+        return {file.name: file_digest(file) for file in self.files}
+
+    def _group(self, group: int) -> pa.Table:
+        with self._lock:
+            if group in self._cache:
+                self._cache.move_to_end(group)
+                return self._cache[group]
+            file, row_group = self._groups[group]
+            reader = self._readers[file]
+            wanted = (self._prompt_key, self._image_key, "extra_info", "reward_model", "data_source", "videos")
+            columns = [name for name in wanted if name in reader.schema_arrow.names]
+            try:
+                table = reader.read_row_group(row_group, columns=columns)
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{self.files[file]}: row group {row_group} can't be read ({error})") from error
+            self._cache[group] = table
+            while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > _CACHE_BYTES:
+                self._cache.popitem(last=False)
+            return table
+
+    def _row(self, record: Mapping[str, Any], file: Path, number: int) -> Row:
+        where = f"{file}, row {number}"
+        with naming(where):
+            if record.get("videos"):
+                raise ValueError("column 'videos' is not empty, and videos are not offered: use pictures")
+            return Row(
+                where=where,
+                messages=_messages(record[self._prompt_key], self._prompt_key),
+                images=_images(record.get(self._image_key), file.parent),
+                answer=_answer(record),
+                data_source=record.get("data_source") or "",
+                extra=dict(record.get("extra_info") or {}),
+            )
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a readable parquet file ({error})") from error
+
+
+def _check_columns(file: Path, schema: pa.Schema, prompt_key: str, image_key: str) -> None:
+    if prompt_key not in schema.names:
+        raise ValueError(f"{file} has no column '{prompt_key}' (prompt key); its columns are {', '.join(schema.names)}")
+    if not (_has_field(schema, "extra_info", "answer") or _has_field(schema, "reward_model", "ground_truth")):
+        raise ValueError(f"{file} has neither extra_info.answer nor reward_model.ground_truth: without answers nothing can be graded")
+    if image_key in schema.names and not _holds_images(schema.field(image_key).type):
+        raise ValueError(f"{file}: column '{image_key}' must be a list of {{bytes, path}}, not {schema.field(image_key).type}")
+
+
+def _has_field(schema: pa.Schema, column: str, name: str) -> bool:
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    return pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return pa.types.is_null(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def _messages(value: Any, key: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"column '{key}' must be a list of {{role, content}} messages, not {value!r}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f"a message of column '{key}' lacks the text of role or content: {message!r}")
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+
+
+def _images(value: Any, folder: Path) -> tuple[bytes, ...]:
+    images = [value] if isinstance(value, dict) else value or []
+    return tuple(_image_bytes(image, folder) for image in images)
+
+
+def _image_bytes(image: Any, folder: Path) -> bytes:
+    if image and image["bytes"]:
+        return image["bytes"]
+    if image and image.get("path"):
+        path = folder / Path(image["path"]).expanduser()
+        if path.is_file():
+            return path.read_bytes()
+        raise ValueError(f"image file {path} does not exist")
+    raise ValueError("an image has neither bytes nor a path")
+
+
+def _answer(record: Mapping[str, Any]) -> str:
+    candidates = (record.get("extra_info") or {}).get("answer"), (record.get("reward_model") or {}).get("ground_truth")
+    for candidate in candidates:
+        if candidate is not None and str(candidate).strip():
+            return str(candidate)
+    raise ValueError("the answer is missing (extra_info.answer and reward_model.ground_truth are both empty)")

@@ -1,0 +1,55 @@
+"""Weights, optimizer, schedule and random state to and from a torch_dist folder: every rank writes and reads its own shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindspeed_mm_rl.platforms import device
+from mindspeed_mm_rl.platforms.compat import megatron_is_0_12
+
+_MODEL_PREFIX = "model."
+
+
+def save(folder: Path, policy: Any, optimizer: Any, schedule: Any) -> None:
+    """Collective. `folder` must exist and be empty."""
+    from megatron.core import dist_checkpointing
+
+    state = _sharded_state(policy, optimizer, is_loading=False)
+    state["schedule"] = schedule.state_dict()
+    state["rng"] = device.rng_state()
+    dist_checkpointing.save(state, str(folder))
+
+
+def load(folder: Path, policy: Any, optimizer: Any | None, schedule: Any, with_rng: bool) -> None:
+    """Collective. optimizer None: only weights are taken, the optimizer and its schedule start anew."""
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load(_sharded_state(policy, optimizer, is_loading=True), str(folder))
+    load_policy(policy, state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+    if with_rng:
+        device.set_rng_state(state["rng"])
+
+
+def load_policy(policy: Any, tensors: dict[str, Any]) -> None:
+    own = {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    result = policy.load_state_dict(own, strict=False)
+    missing = [name for name in result.missing_keys if "_extra_state" not in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"the save does not hold this model: missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}")
+
+
+def _sharded_state(policy: Any, optimizer: Any | None, is_loading: bool) -> dict[str, Any]:
+    model = policy.sharded_state_dict(prefix=_MODEL_PREFIX)
+    state: dict[str, Any] = {"model": model}
+    if optimizer is not None:
+        # fully_reshardable: the default of 0.16 cannot be loaded without TransformerEngine. 0.12 has no such choice.
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+        options = {} if megatron_is_0_12() else {"metadata": metadata}
+        state["optimizer"] = optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, **options)
+    return state

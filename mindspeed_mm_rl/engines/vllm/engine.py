@@ -1,0 +1,211 @@
+"""The rollout engine on vLLM: prompts with pictures in, finished groups of samples out.
+
+One policy on both sides: logits + BAN_BIAS at the banned ids, then / temperature, then log-softmax in float32. The engine returns the
+log-probs of exactly this distribution ("processed"), and the trainer's head computes the same in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+from mindspeed_mm_rl.config.plan import RolloutPlan
+from mindspeed_mm_rl.engines.vllm import weights
+from mindspeed_mm_rl.engines.vllm.bans import BANNED_KEY, BannedTokens
+from mindspeed_mm_rl.models.families import Architecture, read_architecture
+from mindspeed_mm_rl.types import ImageFeatures, ImageInput, Images, Rollout, RolloutGroup, RolloutRequest
+from mindspeed_mm_rl.weights.host import WeightHandle
+
+
+class VllmRolloutEngine:
+    """Implements engines.base.RolloutEngine inside the calling process, which must have been started with `rollout_env`.
+
+    There are no weights until the first `receive_weights`: the folder may hold only configuration, tokenizer and processor.
+    """
+
+    def __init__(self, plan: RolloutPlan, seed: int) -> None:
+        """seed: of the run; the noise of a sample depends on it and on its sample id alone."""
+        if plan.tensor_parallel_size != 1:
+            raise ValueError(f"rollout: tensor_parallel_size must be 1 here, got {plan.tensor_parallel_size}; use more rollout workers instead")
+        self._plan = plan
+        self._seed = seed
+        self._version: int | None = None
+        self._architecture = read_architecture(plan.hf_path)
+        if plan.threads:
+            # vLLM turns later calls into a warning.
+            torch.set_num_threads(plan.threads)
+        self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture))
+        weights.open_receiver(self._llm)
+
+    def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
+        """Copies the weights and drops every cache that the old ones filled; raises ValueError when tensors are missing."""
+        weights.receive(self._open(), handle, policy_version)
+        self._version = policy_version
+
+    def generate(self, requests: list[RolloutRequest], images: Images, num_samples: int) -> Iterator[RolloutGroup]:
+        """Yields each group as soon as its last sample is finished; a closed or failed stream leaves nothing in the engine.
+
+        Raises ValueError (naming the prompt) for a prompt that doesn't fit, an image that is missing, or image tokens that the
+        engine counts differently from the loader.
+        """
+        engine = self._open().llm_engine
+        if self._version is None:
+            raise ValueError("rollout: no weights have been received yet; call receive_weights before generate")
+        prompt_ids = [request.prompt_id for request in requests]
+        if len(set(prompt_ids)) != len(prompt_ids):
+            raise ValueError("rollout: two requests have the same prompt_id, so their samples could not be told apart")
+        added: list[str] = []
+        finished: dict[int, list[Rollout]] = {prompt_id: [] for prompt_id in prompt_ids}
+        lengths: dict[int, int] = {}
+        try:
+            for request in requests:
+                rendered = self._render(request, images)
+                lengths[request.prompt_id] = len(rendered["prompt_token_ids"])
+                for sample_id in range(request.prompt_id * num_samples, (request.prompt_id + 1) * num_samples):
+                    added.append(engine.add_request(str(sample_id), rendered, self._sampling(sample_id)))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    rollout = self._rollout(output)
+                    prompt_id = rollout.sample_id // num_samples
+                    group = finished[prompt_id]
+                    group.append(rollout)
+                    if len(group) == num_samples:
+                        yield RolloutGroup(prompt_id, lengths[prompt_id], tuple(sorted(group, key=lambda sample: sample.sample_id)))
+        finally:
+            engine.abort_request(added, internal=True)
+
+    def close(self) -> None:
+        """Gives the engine's memory back; the engine can't be used afterwards."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    def _open(self) -> LLM:
+        if self._llm is None:
+            raise ValueError("rollout: the engine has been closed")
+        return self._llm
+
+    def _sampling(self, sample_id: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=self._plan.temperature,
+            max_tokens=self._plan.max_tokens,
+            seed=_sample_seed(self._seed, sample_id),
+            stop_token_ids=list(self._architecture.eos_token_ids),
+            # 0 = the sampled token's log-prob and no other.
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            # Made for this one request: no copy needed.
+            skip_clone=True,
+        )
+
+    def _render(self, request: RolloutRequest, images: Images) -> dict[str, Any]:
+        """The prompt as the engine takes it, images expanded: once for all samples."""
+        self._check_fits(request)
+        prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
+        if request.image_keys:
+            prompt |= self._picture_inputs(request, images)
+        (rendered,) = self._open().llm_engine.renderer.render_cmpl([prompt])
+        found = len(rendered["prompt_token_ids"])
+        if found != request.expanded_length:
+            raise ValueError(
+                f"prompt {request.prompt_id}: the rollout engine counts {found} tokens after image expansion but the loader counted "
+                f"{request.expanded_length}; both must size pictures by the same min_pixels, max_pixels and preprocessor_config.json"
+            )
+        return rendered
+
+    def _check_fits(self, request: RolloutRequest) -> None:
+        plan = self._plan
+        if request.expanded_length + plan.max_tokens > plan.max_model_len:
+            raise ValueError(
+                f"prompt {request.prompt_id}: {request.expanded_length} prompt tokens + max_tokens {plan.max_tokens} exceed "
+                f"max_model_len {plan.max_model_len}"
+            )
+        if len(request.image_keys) > plan.max_images_per_prompt:
+            raise ValueError(
+                f"prompt {request.prompt_id}: it has {len(request.image_keys)} pictures but max_images_per_prompt is {plan.max_images_per_prompt}"
+            )
+
+    def _picture_inputs(self, request: RolloutRequest, images: Images) -> dict[str, Any]:
+        missing = [key for key in request.image_keys if key not in images]
+        if missing:
+            raise ValueError(f"prompt {request.prompt_id}: picture {missing[0]} was not handed to the rollout engine")
+        pictures = [images[key] for key in request.image_keys]
+        expected = ImageFeatures if self._plan.image_embeds else ImageInput
+        if not all(isinstance(picture, expected) for picture in pictures):
+            raise ValueError(f"prompt {request.prompt_id}: image_embeds is {self._plan.image_embeds}, so pictures must come as {expected.__name__}")
+        if self._plan.image_embeds:
+            value: Any = {
+                "image_embeds": torch.cat([picture.embeddings for picture in pictures]),
+                "image_grid_thw": torch.tensor([picture.grid_thw for picture in pictures]),
+            }
+        else:
+            value = [Image.fromarray(picture.pixels) for picture in pictures]
+        # The key names the pixels; with other weights the same pixels have other features.
+        names = [f"{key}-{self._version}" for key in request.image_keys]
+        return {"multi_modal_data": {"image": value}, "multi_modal_uuids": {"image": names}}
+
+    def _rollout(self, output: RequestOutput) -> Rollout:
+        completion = output.outputs[0]
+        return Rollout(
+            sample_id=int(output.request_id),
+            token_ids=list(completion.token_ids),
+            logprobs=list(completion.logprobs.logprobs),
+            finish="stop" if completion.finish_reason == "stop" else "length",
+            policy_version=self._version,
+        )
+
+
+def _engine_arguments(plan: RolloutPlan, seed: int, architecture: Architecture) -> dict[str, Any]:
+    arguments: dict[str, Any] = dict(
+        model=plan.hf_path,
+        dtype=plan.dtype,
+        seed=seed,
+        # Weights come from the trainer alone, the first ones too.
+        load_format=weights.LOAD_FORMAT,
+        weight_transfer_config=weights.weight_transfer_config(),
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        gpu_memory_utilization=plan.gpu_memory_utilization,
+        enforce_eager=plan.enforce_eager,
+        enable_prefix_caching=plan.enable_prefix_caching,
+        trust_remote_code=plan.trust_remote_code,
+        # After temperature and bans, as the trainer computes them.
+        logprobs_mode="processed_logprobs",
+        logits_processors=[BannedTokens],
+        additional_config={BANNED_KEY: list(architecture.banned_token_ids)},
+        disable_log_stats=True,
+    )
+    if current_platform.is_cpu():
+        # A prefill that is split over two steps asks the CPU generator of a seeded request for an offset, which it doesn't have.
+        arguments |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(plan.max_num_batched_tokens, plan.max_model_len))
+        arguments |= dict(kv_cache_memory_bytes=plan.kv_cache_bytes)
+    if architecture.vision is not None:
+        arguments |= _picture_arguments(plan)
+    return arguments
+
+
+def _picture_arguments(plan: RolloutPlan) -> dict[str, Any]:
+    # A prompt is rendered once per iteration, so a cache of rendered pictures would only hold memory.
+    arguments: dict[str, Any] = dict(mm_processor_cache_gb=0)
+    if plan.image_embeds:
+        # No picture is ever given as pixels: vLLM then leaves the vision tower out.
+        return arguments | dict(enable_mm_embeds=True, limit_mm_per_prompt={"image": 0, "video": 0})
+    sizes = dict(size={"shortest_edge": plan.min_pixels, "longest_edge": plan.max_pixels})
+    return arguments | dict(limit_mm_per_prompt={"image": plan.max_images_per_prompt, "video": 0}, mm_processor_kwargs=sizes)
+
+
+def _sample_seed(run_seed: int, sample_id: int) -> int:
+    """63 bits without any state: a resumed run, another replica or another order draws the same noise."""
+    digest = hashlib.blake2b(f"{run_seed}:{sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,128 @@
+"""New weights into a running vLLM engine, by its weight-update API with a backend of our own. The only file that touches vLLM's private parts.
+
+    start_weight_update -> update_weights (maps the trainer's memory, loads from it) -> finish_weight_update -> caches reset
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from vllm import LLM
+from vllm.config import ModelConfig, WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info, initialize_layerwise_reload
+
+from mindspeed_mm_rl.weights.host import WeightHandle, read_views
+
+LOAD_FORMAT = "mindspeed_mm_rl_awaited"
+"""The engine argument `load_format` of an engine whose first weights come by `receive`."""
+_BACKEND = "mindspeed_mm_rl_host"
+_VISION_PREFIXES = ("visual.", "model.visual.")
+
+
+@register_model_loader(LOAD_FORMAT)
+class AwaitedWeights(BaseModelLoader):
+    """Zeros until the trainer sends weights; nothing is read from disk.
+
+    vLLM's own `dummy` format also overwrites buffers that no checkpoint holds (the pixel normalisation of the vision tower), so that
+    pictures stay wrong after the weights have come.
+    """
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        pass
+
+    def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        for parameter in model.parameters():
+            parameter.data.zero_()
+
+
+@dataclass
+class _HostInit(WeightTransferInitInfo):
+    pass
+
+
+@dataclass
+class _HostUpdate(WeightTransferUpdateInfo):
+    handle: WeightHandle
+
+
+class HostWeightEngine(WeightTransferEngine[_HostInit, _HostUpdate]):
+    """Loads a HostBuffer; refuses an update that leaves a part of the model as it was (the vision tower, once loaded, may stay out)."""
+
+    init_info_cls = _HostInit
+    update_info_cls = _HostUpdate
+
+    def init_transfer_engine(self, init_info: _HostInit) -> None:
+        self._loaded_before: set[str] = set()
+
+    def start_weight_update(self) -> None:
+        for module in self.model.modules():
+            quant_method = getattr(module, "quant_method", None)
+            if type(quant_method).__name__ == "UnquantizedFusedMoEMethod":
+                # On CPU the packed experts would silently stay the old ones.
+                quant_method.moe_kernel = None
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: _HostUpdate) -> None:
+        expected = {name for name, _ in self.model.named_parameters()}
+        loaded = set(self.model.load_weights(self._wanted(update_info.handle, expected)))
+        missing = {name for name in expected - loaded if not (name in self._loaded_before and name.startswith(_VISION_PREFIXES))}
+        if missing:
+            raise ValueError(f"weight update: {len(missing)} tensors of the rollout model were not sent, such as {sorted(missing)[:3]}")
+        self._refuse_half_loaded_layers()
+        self._loaded_before |= loaded
+
+    @staticmethod
+    def _wanted(handle: WeightHandle, expected: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Without the vision tower where the engine was built without one."""
+        has_vision = any(name.startswith(_VISION_PREFIXES) for name in expected)
+        return (view for view in read_views(handle) if has_vision or not view[0].startswith(_VISION_PREFIXES))
+
+    def _refuse_half_loaded_layers(self) -> None:
+        """A fused layer (q, k, v or gate, up) that got only some of its parts would keep uninitialised memory for the others."""
+        for name, layer in self.model.named_modules():
+            progress = get_layerwise_info(layer)
+            # A padded vocabulary is never filled.
+            if isinstance(layer, VocabParallelEmbedding) or not progress.can_load():
+                continue
+            if 0 < progress.load_numel < progress.load_numel_total:
+                raise ValueError(
+                    f"weight update: layer {name} of the rollout model needs {progress.load_numel_total} values but {progress.load_numel} were sent"
+                )
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def weight_transfer_config() -> WeightTransferConfig:
+    """The engine argument that makes `receive` possible."""
+    if _BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(_BACKEND, HostWeightEngine)
+    return WeightTransferConfig(backend=_BACKEND)
+
+
+def open_receiver(llm: LLM) -> None:
+    """Once, after the engine is built."""
+    llm.init_weight_transfer_engine({"init_info": {}})
+
+
+def receive(llm: LLM, handle: WeightHandle, policy_version: int) -> None:
+    """Copies the weights into the engine's own (packed) memory and drops what the old ones computed.
+
+    Raises ValueError when tensors are missing. Nothing of the shared memory is kept.
+    """
+    llm.start_weight_update()
+    llm.update_weights({"update_info": {"handle": handle}})
+    llm.finish_weight_update(weight_version=str(policy_version))
+    # Keys and values of the old weights, and picture features of the old vision tower.
+    llm.reset_prefix_cache()
+    llm.llm_engine.reset_encoder_cache()

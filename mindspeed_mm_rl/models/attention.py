@@ -1,0 +1,137 @@
+"""Core attention over packed sequences: megatron's layers project, this rotates and attends.
+
+`PackedLayout` says which tokens of a pack belong together and where they stand; it reaches the core attention as
+`packed_seq_params`, the argument that every version of megatron hands through untouched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+
+from mindspeed_mm_rl.models.norm import RMSNorm
+from mindspeed_mm_rl.models.rope import apply_rotary
+from mindspeed_mm_rl.platforms import device
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Sequences of `lengths` tokens one behind the other, T in all."""
+
+    cu_seqlens: torch.Tensor
+    """int32 [S + 1]: where each sequence starts, and T."""
+    lengths: tuple[int, ...]
+    """The same on the host, so that no kernel waits for the device."""
+    cos: torch.Tensor
+    """float32 [T, head_dim]"""
+    sin: torch.Tensor
+    causal: bool
+
+    @staticmethod
+    def of(lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor, causal: bool) -> PackedLayout:
+        lengths = tuple(int(length) for length in lengths)
+        if sum(lengths) != cos.shape[0]:
+            raise ValueError(f"PackedLayout: lengths sum to {sum(lengths)}, but there are {cos.shape[0]} positions")
+        starts = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return PackedLayout(starts.to(cos.device), lengths, cos, sin, causal)
+
+
+@dataclass
+class LayoutParams(PackedSeqParams):
+    """What megatron carries to the core attention of each layer. Example: LayoutParams.of({"full": layout})."""
+
+    layouts: dict[str, PackedLayout] | None = None
+    """By name: a vision encoder has one for its windows and one for whole frames."""
+
+    @staticmethod
+    def of(layouts: dict[str, PackedLayout]) -> LayoutParams:
+        layout = next(iter(layouts.values()))
+        longest = max(layout.lengths)
+        return LayoutParams(
+            qkv_format="thd",
+            cu_seqlens_q=layout.cu_seqlens,
+            cu_seqlens_kv=layout.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            layouts=layouts,
+        )
+
+
+class CoreAttention(MegatronModule):
+    """softmax(rope(q) rope(k)^T / sqrt(d)) v within each sequence of the layout that `layout_name` picks."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        layout_name: str = "full",
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ValueError(f"context_parallel_size ({config.context_parallel_size}) must be 1: packed attention isn't split over ranks")
+        self.layout_name = layout_name
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: LayoutParams | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """query [T, heads, dim], key and value [T, kv_heads, dim] -> [T, heads * dim]; heads are those of this tensor-parallel rank."""
+        layout = packed_seq_params.layouts[self.layout_name]
+        query = apply_rotary(query, layout.cos, layout.sin)
+        key = apply_rotary(key, layout.cos, layout.sin)
+        output = device.packed_attention(query, key, value, layout.cu_seqlens, layout.lengths, layout.causal, self.scale)
+        return output.flatten(1)
+
+
+def transformer_layer_spec(layout_name: str = "full") -> ModuleSpec:
+    """A pre-norm layer with gated MLP out of megatron's parallel layers, this package's norm and core attention."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=ModuleSpec(module=CoreAttention, params={"layout_name": layout_name}),
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

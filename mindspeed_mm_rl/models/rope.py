@@ -1,0 +1,106 @@
+"""Rotary positions: text and pictures on three axes (mrope), patches on two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mindspeed_mm_rl.models.families import Architecture, TextArchitecture, VisionArchitecture
+from mindspeed_mm_rl.types import GridTHW
+
+VISION_THETA = 10000.0
+
+
+def mrope_positions(token_ids: Sequence[int] | torch.Tensor, grids: Sequence[GridTHW], architecture: Architecture) -> torch.Tensor:
+    """Positions (time, height, width) of the tokens of one sequence, image tokens expanded; int64 [3, L].
+
+    Text counts up by one on all axes; a picture that starts at p has p + (t, h, w) of its merged grid, and the text behind it
+    goes on at p + max(h, w) (Qwen2-VL, arXiv:2409.12191, section 2.1).
+    Raises ValueError when the runs of image tokens don't fit the grids.
+    """
+    ids = np.asarray(token_ids)
+    positions = np.tile(np.arange(len(ids), dtype=np.int64), (3, 1))
+    if architecture.vision is None:
+        if grids:
+            raise ValueError(f"{len(grids)} pictures were given to a {architecture.model_type} model, which takes text only")
+        return torch.from_numpy(positions)
+    merge = architecture.vision.merge_size
+    image_tokens = np.flatnonzero(ids == architecture.image_token_id)
+    _check_image_tokens(image_tokens, grids, merge)
+    taken = 0
+    for time, height, width in grids:
+        rows, columns = height // merge, width // merge
+        count = time * rows * columns
+        start = image_tokens[taken]
+        taken += count
+        offsets = np.indices((time, rows, columns)).reshape(3, count)
+        positions[:, start + count :] -= count - max(rows, columns)
+        positions[:, start : start + count] = positions[0, start] + offsets
+    return torch.from_numpy(positions)
+
+
+def _check_image_tokens(image_tokens: np.ndarray, grids: Sequence[GridTHW], merge: int) -> None:
+    counts = [time * height * width // merge**2 for time, height, width in grids]
+    if sum(counts) != len(image_tokens):
+        raise ValueError(
+            f"{len(image_tokens)} image tokens in the sequence, but its pictures {list(grids)} make {counts} "
+            f"(patches / merge_size ** 2, merge_size {merge})"
+        )
+    taken = 0
+    for count in counts:
+        run = image_tokens[taken : taken + count]
+        if run[-1] - run[0] != count - 1:
+            raise ValueError(f"the {count} tokens of a picture must stand side by side; they lie between {run[0]} and {run[-1]}")
+        taken += count
+
+
+def rotary(positions: torch.Tensor, text: TextArchitecture) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 [T, head_dim], of positions int64 [3, T]; the two halves of head_dim are equal (NeoX order)."""
+    frequencies = _frequencies(text.head_dim, text.rope_theta, positions.device)
+    sections = text.mrope_section or (text.head_dim // 2, 0, 0)
+    axis = torch.repeat_interleave(torch.arange(3, device=positions.device), torch.tensor(sections, device=positions.device))
+    return _cos_sin(positions.float()[axis].T * frequencies)
+
+
+def vision_rotary(positions: torch.Tensor, vision: VisionArchitecture) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 [P, head_dim], of patch positions (height, width) int64 [2, P]; a quarter of head_dim per axis, twice."""
+    head_dim = vision.hidden_size // vision.num_heads
+    angles = positions.float()[..., None] * _frequencies(head_dim // 2, VISION_THETA, positions.device)
+    return _cos_sin(torch.cat([angles[0], angles[1]], dim=-1))
+
+
+def _frequencies(dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def _cos_sin(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: nothing but cos and sin is kept, where autograd would keep four tensors."""
+
+    @staticmethod
+    def forward(ctx, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(heads, cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient, cos, -sin), None, None
+
+
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1] // 2
+    first, second = heads.float().split(half, dim=-1)
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
+
+
+def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates heads [T, heads, head_dim] by cos and sin [T, head_dim] (both halves equal); computes in float32."""
+    return _Rotation.apply(heads, cos, sin)

@@ -1,0 +1,40 @@
+"""CUDA: megatron-core as it is, flash attention over packed sequences."""
+
+from __future__ import annotations
+
+import torch
+
+from mindspeed_mm_rl.platforms.packed_sdpa import packed_sdpa
+
+
+def adapt_megatron() -> None:
+    """megatron-core is written for CUDA: nothing to adapt."""
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    lengths: tuple[int, ...],
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Varlen flash attention in half precision; float32, which flash kernels don't take, goes through batched SDPA."""
+    if query.dtype == torch.float32:
+        return packed_sdpa(query, key, value, lengths, causal, scale)
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(lengths)
+    return varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

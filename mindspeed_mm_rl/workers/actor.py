@@ -1,0 +1,71 @@
+"""Ray binding of the train engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from mindspeed_mm_rl.config.plan import TrainPlan
+    from mindspeed_mm_rl.engines.base import PolicyLoss
+    from mindspeed_mm_rl.types import Batch, ImageFeatures, ImageInput
+    from mindspeed_mm_rl.weights.host import WeightHandle
+
+
+class ActorWorker:
+    """One process of the trainer group. Heavy imports wait until here: the platform must adapt megatron before it is first imported."""
+
+    def __init__(self, plan: TrainPlan, rank: int, world_size: int, address: str, **engine_options: bool) -> None:
+        from mindspeed_mm_rl.platforms import device
+
+        device.set_threads(plan.threads)
+        device.adapt_megatron()
+        from mindspeed_mm_rl.engines.megatron import process_groups
+        from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
+
+        process_groups.initialize(plan, rank, world_size, address)
+        self.engine = MegatronTrainEngine(plan, **engine_options)
+
+    def ready(self) -> int:
+        """Trainable parameters."""
+        return sum(p.numel() for p in self.engine.policy.parameters() if p.requires_grad)
+
+    def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
+        return self.engine.encode(images)
+
+    def logprobs(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
+        return self.engine.logprobs(batch.select(rows), _fetched(images))
+
+    def ref_logprobs(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
+        return self.engine.ref_logprobs(batch.select(rows), _fetched(images))
+
+    def update(
+        self, batch: Batch, rows: list[int], images: list[Any], policy_loss: PolicyLoss, num_loss_tokens: float, num_sequences: float
+    ) -> dict[str, float]:
+        from mindspeed_mm_rl.engines.base import UpdateRequest
+
+        return self.engine.update(UpdateRequest(batch.select(rows), num_loss_tokens, num_sequences), _fetched(images), policy_loss)
+
+    def publish_weights(self) -> WeightHandle:
+        return self.engine.publish_weights()
+
+    def save(self, folder: str) -> None:
+        self.engine.save(Path(folder))
+
+    def load(self, folder: str) -> None:
+        self.engine.load(Path(folder))
+
+    def peak_memory(self) -> int:
+        """Bytes."""
+        from mindspeed_mm_rl.platforms import device
+
+        return device.peak_memory_bytes()
+
+
+def _fetched(images: list[Any]) -> dict[str, Any]:
+    """Object refs of picture tables -> one table; arrays are mapped from the object store, not copied."""
+    import ray
+
+    return {key: image for table in ray.get(images) for key, image in table.items()}

@@ -1,0 +1,35 @@
+"""Ray binding of the rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mindspeed_mm_rl.config.plan import RolloutPlan
+    from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest
+    from mindspeed_mm_rl.weights.host import WeightHandle
+
+
+class RolloutWorker:
+    """One rollout replica; a generator method streams each group as soon as it is finished."""
+
+    def __init__(self, plan: RolloutPlan, seed: int) -> None:
+        from mindspeed_mm_rl.engines.vllm.engine import VllmRolloutEngine
+
+        self.engine = VllmRolloutEngine(plan, seed)
+
+    def ready(self) -> bool:
+        return True
+
+    def generate(self, requests: list[RolloutRequest], images: dict[str, Any], num_samples: int) -> Iterator[RolloutGroup]:
+        yield from self.engine.generate(requests, images, num_samples)
+
+    def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
+        self.engine.receive_weights(handle, policy_version)
+
+    def peak_memory(self) -> int:
+        """Bytes."""
+        from mindspeed_mm_rl.platforms import device
+
+        return device.peak_memory_bytes()

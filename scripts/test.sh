@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Runs the tests; installs what is missing first.
+#
+#   bash scripts/test.sh                     everything that CI runs: lint, unit, e2e
+#   bash scripts/test.sh lint                ruff
+#   bash scripts/test.sh unit [pytest ...]   tests/unit: seconds
+#   bash scripts/test.sh e2e  [pytest ...]   tests/e2e: Ray and vLLM, minutes
+#
+# Further arguments go to pytest: `bash scripts/test.sh unit -k convert --data ~/data`.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV="${VENV:-.venv}"
+export OMP_WAIT_POLICY=PASSIVE
+export HF_HUB_OFFLINE=1
+
+say() { echo "[test] $*"; }
+
+lint() { "$VENV/bin/ruff" check .; }
+unit() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/unit -q "$@"; }
+e2e() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/e2e -q "$@"; }
+
+everything() {
+    local verb failed=()
+    for verb in lint unit e2e; do
+        say "$verb"
+        "$verb" || failed+=("$verb")
+    done
+    if [ ${#failed[@]} -gt 0 ]; then
+        say "failed: ${failed[*]}" >&2
+        return 1
+    fi
+    say "all passed in $SECONDS s"
+}
+
+main() {
+    local verb="${1:-everything}"
+    [ $# -eq 0 ] || shift
+    case "$verb" in
+        everything | lint | unit | e2e) ;;
+        *)
+            echo "[test] error: unknown verb '$verb': say lint, unit or e2e, or nothing for all of them" >&2
+            exit 2
+            ;;
+    esac
+    bash scripts/install.sh
+    "$verb" "$@"
+}
+
+main "$@"

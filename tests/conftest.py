@@ -1,0 +1,69 @@
+"""Fixtures every test may use: the data folder and one tiny random checkpoint of each family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data", default="data", help="folder with real data sets and tokenizers; tests that need them are skipped without")
+
+
+@pytest.fixture(scope="session")
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    folder = Path(request.config.getoption("--data")).expanduser()
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}: pass --data DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Qwen2.5-VL with its own lm_head."""
+    from tests.tiny import make_tiny_vl
+
+    return make_tiny_vl(tmp_path_factory.mktemp("tiny_vl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Qwen2 (text only) with tied embeddings."""
+    from tests.tiny import make_tiny_text
+
+    return make_tiny_text(tmp_path_factory.mktemp("tiny_text"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def megatron() -> None:
+    """A trainer world of this one process; once per session, since its groups can't be built twice."""
+    from mindspeed_mm_rl.platforms import device
+
+    device.adapt_megatron()
+    from mindspeed_mm_rl.engines.megatron import process_groups
+    from mindspeed_mm_rl.workers.placement import free_address
+    from tests.plans import train_plan
+
+    device.set_threads(1)
+    process_groups.initialize(train_plan(Path()), rank=0, world_size=1, address=free_address())
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    """megatron-core adapted to this device, in a world of one process. It changes torch process-wide: no vLLM in the same process."""
+    from mindspeed_mm_rl.platforms import device
+
+    device.adapt_megatron()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.set_num_threads(1)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(device.collective_backend(), store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+    yield
