@@ -29,14 +29,14 @@ def hf_to_mm(cfg: HfToMmOptions) -> None:
     check_layout(cfg.parallel_config, cfg.common_model_config, config, cfg.hf_config.hf_dir)
     parts = _VISION_PARTS if cfg.save_vit_only else PARTS
     if cfg.save_vit_only and "vision_config" not in config:
-        raise ValueError(f"save_vit_only is true but the model in {source} ({config['model_type']}) has no vision encoder")
+        raise ValueError(f"save_vit_only is true but the model in {source} ({config.get('model_type')}) has no vision encoder")
     check_target(target)
     found = check_weights(source, config, parts)
     _expect(("hf",), found.kind, source, "hf_to_mm reads a Hugging Face folder")
     tensors = iterate_megatron(open_weights(found), config, parts)
     with new_folder(target) as folder:
         # torch.save takes one object: the whole model is in memory here, as it is in the reader.
-        write_mm(folder, dict(_with_progress(tensors, _count(config, parts, "mm"), f"{source} -> {target}")))
+        write_mm(folder, dict(_with_progress(tensors, _count(config, parts, "mm"), "hf_to_mm")))
     print(f"wrote {target} (load it as actor_config.load)")
 
 
@@ -53,7 +53,7 @@ def mm_to_hf(cfg: MmToHfOptions) -> None:
     _expect(("mm", "training"), found.kind, source, "mm_to_hf reads the output of hf_to_mm or a training save")
     tensors = to_hf(open_weights(found), config)
     with new_folder(target) as folder:
-        write_safetensors(folder, _with_progress(tensors, _count(config, PARTS, "hf"), f"{found.weights} -> {target}"))
+        write_safetensors(folder, _with_progress(tensors, _count(config, PARTS, "hf"), "mm_to_hf"))
         copy_side_files(hf_dir, folder)
     print(f"wrote {target} from {found.weights} ({found.kind})")
 

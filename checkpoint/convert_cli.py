@@ -22,8 +22,9 @@ _KNOWN_ELSEWHERE = ("resplit", "lora_hf_to_mm", "lora_mm_to_hf", "hf_to_mm_dcp")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one sentence on standard error and nothing left on disk."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        auto_cli(COMMANDS, args=_without_converter(list(sys.argv[1:] if arguments is None else arguments)), as_positional=False, prog="mm-convert")
+        auto_cli(COMMANDS, args=_without_converter(given), as_positional=False, prog="mm-convert")
     except (ValueError, OSError) as error:
         print(f"mm-convert: {error}", file=sys.stderr)
         return 2

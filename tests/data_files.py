@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mindspeed_mm_rl.config.plan import DataPlan
 
+SCRIPTS = Path(__file__).parents[1] / "examples" / "rl" / "data_preprocess"
 # The template that Qwen2.5-VL's tokenizer carries.
 VL_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
@@ -41,9 +45,25 @@ PREPROCESSOR = {
 }
 
 
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_geo3k(*arguments: object) -> int:
+    """Exit status of the command."""
+    return _script("geo3k").main([str(argument) for argument in arguments])
+
+
 def write_vl_settings(folder: Path, image_token_id: int) -> None:
     """What makes a folder with a tokenizer one of a vision-language model, as far as data are concerned."""
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "image_token_id": image_token_id}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_5_vl", "transformers_version": "4.49.0", "image_token_id": image_token_id})
+    )
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     (folder / "chat_template.jinja").write_text(VL_TEMPLATE)
 

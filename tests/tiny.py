@@ -79,21 +79,21 @@ def _tokenizer(vocab: int) -> transformers.PreTrainedTokenizerFast:
 
 def _text_config(sizes: TinySizes, tokenizer: transformers.PreTrainedTokenizerFast) -> dict:
     vocab = max(sizes.vocab, len(tokenizer))
-    return dict(
-        vocab_size=vocab + -vocab % 64,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
-        initializer_range=sizes.weight_std,
-        bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        tie_word_embeddings=sizes.tied,
-    )
+    return {
+        "vocab_size": vocab + -vocab % 64,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": sizes.weight_std,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        "tie_word_embeddings": sizes.tied,
+    }
 
 
 def _save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerFast, folder: Path) -> None:
@@ -113,9 +113,7 @@ def make_tiny_text(folder: Path | str, seed: int = 0, **sizes) -> Path:
     """A random Qwen2 (text only) in `folder`; `sizes` are fields of TinySizes."""
     chosen = TinySizes(**sizes)
     tokenizer = _tokenizer(min(chosen.vocab, 2048))
-    config = transformers.Qwen2Config(
-        **_text_config(chosen, tokenizer), rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
-    )
+    config = transformers.Qwen2Config(**_text_config(chosen, tokenizer), rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     torch.manual_seed(seed)
     _save(transformers.Qwen2ForCausalLM(config), tokenizer, Path(folder))
     return Path(folder)
@@ -133,20 +131,20 @@ def make_tiny_vl(folder: Path | str, seed: int = 0, **sizes) -> Path:
             _text_config(chosen, tokenizer),
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
         ),
-        vision_config=dict(
-            depth=chosen.vision_layers,
-            hidden_size=chosen.vision_hidden,
-            intermediate_size=2 * chosen.vision_hidden,
-            num_heads=chosen.vision_heads,
-            out_hidden_size=chosen.hidden,
-            patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            window_size=chosen.window_size,
-            fullatt_block_indexes=list(chosen.full_attention_layers),
-            tokens_per_second=2,
-            initializer_range=chosen.weight_std,
-        ),
+        vision_config={
+            "depth": chosen.vision_layers,
+            "hidden_size": chosen.vision_hidden,
+            "intermediate_size": 2 * chosen.vision_hidden,
+            "num_heads": chosen.vision_heads,
+            "out_hidden_size": chosen.hidden,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": chosen.window_size,
+            "fullatt_block_indexes": list(chosen.full_attention_layers),
+            "tokens_per_second": 2,
+            "initializer_range": chosen.weight_std,
+        },
         tie_word_embeddings=chosen.tied,
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),
@@ -160,14 +158,14 @@ def make_tiny_vl(folder: Path | str, seed: int = 0, **sizes) -> Path:
 
 
 def _preprocessor() -> dict:
-    return dict(
-        min_pixels=28 * 28,
-        max_pixels=64 * 28 * 28,
-        patch_size=14,
-        temporal_patch_size=2,
-        merge_size=2,
-        image_mean=[0.48145466, 0.4578275, 0.40821073],
-        image_std=[0.26862954, 0.26130258, 0.27577711],
-        image_processor_type="Qwen2VLImageProcessor",
-        processor_class="Qwen2_5_VLProcessor",
-    )
+    return {
+        "min_pixels": 28 * 28,
+        "max_pixels": 64 * 28 * 28,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }

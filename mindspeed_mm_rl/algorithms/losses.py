@@ -37,7 +37,9 @@ def token_weights(x: LossInput, token_level_loss: bool) -> torch.Tensor:
     mask = x.loss_mask.float()
     if token_level_loss:
         return mask / x.num_loss_tokens
-    tokens_of_sequence = torch.bincount(x.sequence_index, weights=mask).to(mask.dtype).clamp(min=1.0)
+    # index_add_ rather than bincount, which has no deterministic kernel on CUDA.
+    num_rows = int(x.sequence_index.max()) + 1 if len(mask) else 0
+    tokens_of_sequence = mask.new_zeros(num_rows).index_add_(0, x.sequence_index, mask).clamp(min=1.0)
     return mask / (tokens_of_sequence[x.sequence_index] * x.num_sequences)
 
 

@@ -17,17 +17,13 @@ class NotOffered:
     instead: str
 
 
-def _reasons(table: dict[str, str]) -> dict[str, str]:
-    return {key: reason for reason, keys in table.items() for key in keys.split()}
-
-
 _KERNELS = "kernels and memory tricks are chosen for the device; they don't change results"
 _SIZES = "work is cut by tokens and balanced over processes; this size isn't needed"
 _FLOW = "the loop's order is fixed and replay is exact; this switch isn't needed"
 _DEVICES = "processes take turns on the devices of actor_resource"
 
-DERIVED: dict[str, dict[str, str]] = {
-    "megatron_training": _reasons({
+_DERIVED_BY_REASON: dict[str, dict[str, str]] = {
+    "megatron_training": {
         _KERNELS: "use_mcore_models spec use_flash_attn use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb shape_order "
         "no_bias_dropout_fusion no_masked_softmax_fusion attention_softmax_in_fp32 no_gradient_accumulation_fusion "
         "gemm_gradient_accumulation_fusion overlap_grad_reduce overlap_param_gather reuse_fp32_param swap_attention swap_optimizer "
@@ -47,8 +43,8 @@ DERIVED: dict[str, dict[str, str]] = {
         "every iteration is logged": "log_interval log_throughput eval_iters eval_interval",
         "not part of this loop": "do_sample use_kv_cache dpo_loss_type ref_model refer_model_iter init_method_std "
         "lora_r lora_alpha lora_ckpt_filter lora_fusion no_check_for_nan_in_loss_and_grad",
-    }),
-    "rl_config": _reasons({
+    },
+    "rl_config": {
         _SIZES: "actor_forward_micro_batch_size ref_forward_micro_batch_size vit_forward_micro_batch_size update_micro_batch_size "
         "actor_rollout_dispatch_size actor_logprob_dispatch_size ref_dispatch_size reward_dispatch_size adv_dispatch_size "
         "actor_update_dispatch_size critic_value_dispatch_size critic_update_dispatch_size kl_dispatch_size "
@@ -62,44 +58,50 @@ DERIVED: dict[str, dict[str, str]] = {
         "colocate_actor_and_vit",
         "the model's config.json says it": "is_multimodal",
         "group-normalised advantages don't use it": "gamma lam advantage_whiten beta cliprange_value use_kl_in_reward tp_split_expert",
-        "no tools are offered in this version": "tool_config_path max_tool_calls max_parallel_calls max_total_response_length "
+        "multi_turn_enable isn't offered in this version": "tool_config_path max_tool_calls max_parallel_calls max_total_response_length "
         "max_tool_response_length tool_response_truncate_side tool_parser_format",
-        "only with use_wandb or use_swanlab": "wandb_project wandb_exp_name wandb_save_dir swanlab_mode swanlab_project swanlab_exp_name "
-        "swanlab_save_dir",
-    }),
-    "generate_config": _reasons({
+        "use_wandb and use_swanlab aren't offered in this version": "wandb_project wandb_exp_name wandb_save_dir swanlab_mode "
+        "swanlab_project swanlab_exp_name swanlab_save_dir",
+    },
+    "generate_config": {
         "the trainer's state is moved off the device whenever it has to be": "offload_train_optimizer offload_train_grad "
         "offload_train_param",
         "the rollout engine's own choice": "num_scheduler_steps torchair_graph enable_expert_parallel ascend_scheduler_config_enabled "
         "eplb_token_collects eplb_token_save_path expert_map_path data_parallel_size",
         "megatron_training.tokenizer_name_or_path is used": "tokenizer_name_or_path",
-    }),
-    "generate_config.sampling_config": _reasons({
+    },
+    "generate_config.sampling_config": {
         "log-probs of the sampled tokens are always kept, text is never re-tokenised": "logprobs detokenize",
         "rl_config.n_samples_per_prompt is used": "num_completions best_of n",
-    }),
-    "profiler_config.integrated": _reasons({
-        "only with profile: true": "mstx stage profile_save_path profile_export_type profile_level profile_with_memory profile_with_cpu "
-        "profile_with_npu profile_with_module profile_record_shapes profile_step_start profile_step_end profile_analysis "
+    },
+    "profiler_config.integrated": {
+        "profile isn't offered in this version": "mstx stage profile_save_path profile_export_type profile_level "
+        "profile_with_memory profile_with_cpu profile_with_npu profile_with_module profile_record_shapes profile_step_start profile_step_end profile_analysis "
         "profile_ranks",
-    }),
-    "msprobe_config": _reasons({
-        "only with msprobe: true": "dump_path key_data_dump configurations_dump actor_train_dump actor_infer_dump token_range_start "
-        "token_range_end reference_dump critic_train_dump step_start step_end",
-    }),
+    },
+    "msprobe_config": {
+        "msprobe isn't offered in this version": "dump_path key_data_dump configurations_dump actor_train_dump "
+        "actor_infer_dump token_range_start token_range_end reference_dump critic_train_dump step_start step_end",
+    },
 }
 
-ARCHITECTURE = frozenset(
-    "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention num_query_groups rotary_base "
-    "use_rotary_position_embeddings position_embedding_type rope_scaling_type rope_scaling_factor low_freq_factor high_freq_factor "
-    "original_max_position_embeddings max_position_embeddings beta_fast beta_slow rope_scaling_mscale rope_scaling_mscale_all_dim "
-    "rope_scaling_original_max_position_embeddings rope_scaling_beta_fast rope_scaling_beta_slow normalization norm_epsilon swiglu "
-    "add_qkv_bias attention_bias disable_bias_linear untie_embeddings_and_output_weights padded_vocab_size qk_layernorm "
-    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim num_experts n_shared_experts "
-    "moe_ffn_hidden_size moe_intermediate_size first_k_dense_replace moe_layer_freq moe_router_topk moe_router_num_groups "
-    "moe_router_group_topk moe_router_topk_scaling_factor moe_router_score_function moe_router_enable_expert_bias "
-    "moe_router_load_balancing_type moe_aux_loss_coeff moe_tp_extend_ep norm_topk_prob seq_aux".split()
-)
+DERIVED: dict[str, dict[str, str]] = {
+    section: {key: reason for reason, keys in table.items() for key in keys.split()} for section, table in _DERIVED_BY_REASON.items()
+}
+"""Section -> key -> why it needn't act."""
+
+_ARCHITECTURE_KEYS = """
+num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention num_query_groups rotary_base
+use_rotary_position_embeddings position_embedding_type rope_scaling_type rope_scaling_factor low_freq_factor high_freq_factor
+original_max_position_embeddings max_position_embeddings beta_fast beta_slow rope_scaling_mscale rope_scaling_mscale_all_dim
+rope_scaling_original_max_position_embeddings rope_scaling_beta_fast rope_scaling_beta_slow normalization norm_epsilon swiglu
+add_qkv_bias attention_bias disable_bias_linear untie_embeddings_and_output_weights padded_vocab_size qk_layernorm
+multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim num_experts n_shared_experts
+moe_ffn_hidden_size moe_intermediate_size first_k_dense_replace moe_layer_freq moe_router_topk moe_router_num_groups
+moe_router_group_topk moe_router_topk_scaling_factor moe_router_score_function moe_router_enable_expert_bias
+moe_router_load_balancing_type moe_aux_loss_coeff moe_tp_extend_ep norm_topk_prob seq_aux
+"""
+ARCHITECTURE = frozenset(_ARCHITECTURE_KEYS.split())
 """Keys of the megatron sections that describe the model: config.json decides, numbers that differ are an error."""
 
 _NO_DROPOUT = NotOffered((0,), "remove it: policies are trained without dropout, as they sample without")

@@ -28,32 +28,37 @@ _ACCEPTED_SECTIONS = ("profiler_config", "msprobe_config")
 _TOP = (*_SECTIONS, *_ACCEPTED_SECTIONS, *known_keys.REFUSED_SECTIONS, "model", "defaults")
 _HYDRA_OWN = ("hydra",)
 
+Notes = dict[tuple[str, str], list[str]]
+"""(section, reason) -> the keys that were accepted for it."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads and validates; paths of weights and data aren't opened here. Raises ValueError with one sentence."""
     path = Path(path).expanduser()
     tree = _read(path, overrides)
     _refuse_sections(tree)
-    notes: dict[tuple[str, str], list[str]] = {}
+    notes: Notes = {}
     architecture: dict[str, Any] = {}
     sections = {name: _sort_section(name, tree.get(name), model, notes, architecture) for name, model in _SECTIONS.items()}
     for name in _ACCEPTED_SECTIONS:
         _sort_section(name, tree.get(name), None, notes, architecture)
-    for name, reason in known_keys.IGNORED_SECTIONS.items():
-        if used := sections[name]:
-            _validate(MegatronConfig, name, sections["megatron_training"] | used)
-            notes[(name, reason)] = list(used)
     megatron = sections["megatron_training"]
+    for name, reason in known_keys.IGNORED_SECTIONS.items():
+        if sections[name]:
+            _validate(MegatronConfig, name, megatron | sections[name])
+            notes[(name, reason)] = list(sections[name])
+    folder = path.resolve().parent
+    model_name = (tree.get("megatron_training") or {}).get("model")
     return Config(
         name=path.stem,
-        folder=str(path.resolve().parent),
+        folder=str(folder),
         megatron_training=_validate(MegatronConfig, "megatron_training", megatron),
         actor_config=_validate(MegatronConfig, "actor_config", megatron | sections["actor_config"]),
         rl_config=_validate(RLConfig, "rl_config", sections["rl_config"]),
         generate_config=_validate(GenerateConfig, "generate_config", sections["generate_config"]),
-        model=read_model(tree.get("model"), tree.get("defaults"), path.resolve().parent, (tree.get("megatron_training") or {}).get("model")),
+        model=read_model(tree.get("model"), tree.get("defaults"), folder, model_name),
         architecture=architecture,
-        notes=tuple(f"{section}: {', '.join(keys)}: {reason}" for (section, reason), keys in notes.items()),
+        notes=tuple(f"{section}: {', '.join(dict.fromkeys(keys))}: {reason}" for (section, reason), keys in notes.items()),
     )
 
 
@@ -109,9 +114,7 @@ def _refuse_sections(tree: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown section {name}" + _nearest(name, _TOP))
 
 
-def _sort_section(
-    name: str, content: Any, model: type[BaseModel] | None, notes: dict[tuple[str, str], list[str]], architecture: dict[str, Any]
-) -> dict[str, Any]:
+def _sort_section(name: str, content: Any, model: type[BaseModel] | None, notes: Notes, architecture: dict[str, Any]) -> dict[str, Any]:
     """Splits a section's keys by kind; returns those of the schema, respelled, null ones left out (null = the default)."""
     if content is None:
         return {}

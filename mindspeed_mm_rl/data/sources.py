@@ -167,7 +167,10 @@ def _open(file: Path) -> pq.ParquetFile:
 
 def _check_columns(file: Path, schema: pa.Schema, prompt_key: str, image_key: str) -> None:
     if prompt_key not in schema.names:
-        raise ValueError(f"{file} has no column '{prompt_key}' (prompt key); its columns are {', '.join(schema.names)}")
+        raise ValueError(
+            f"{file} has no column '{prompt_key}'; its columns are {', '.join(schema.names)}:"
+            " raw data sets are made into training rows by the scripts of examples/rl/data_preprocess"
+        )
     if not (_has_field(schema, "extra_info", "answer") or _has_field(schema, "reward_model", "ground_truth")):
         raise ValueError(f"{file} has neither extra_info.answer nor reward_model.ground_truth: without answers nothing can be graded")
     if image_key in schema.names and not _holds_images(schema.field(image_key).type):

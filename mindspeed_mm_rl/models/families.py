@@ -92,7 +92,9 @@ def read_architecture(hf_path: str | Path) -> Architecture:
     known = TEXT_FAMILIES + VISION_FAMILIES
     if model_type not in known:
         near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{folder / 'config.json'}: model_type {model_type!r} is not offered; the nearest is {near!r} of {', '.join(known)}")
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type {model_type!r} is not offered; the nearest is {near!r} of {', '.join(known)}"
+        )
     try:
         return _architecture(folder, raw, model_type)
     except KeyError as missing:

@@ -38,30 +38,30 @@ def transformer_config(options: ModelOptions, **shape: Any) -> TransformerConfig
     if options.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype {options.dtype} is not offered; float32 and bfloat16 are")
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if options.recompute else {}
-    arguments = dict(
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        params_dtype=options.dtype,
-        pipeline_dtype=options.dtype,
-        bf16=options.dtype == torch.bfloat16,
+    arguments = {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "params_dtype": options.dtype,
+        "pipeline_dtype": options.dtype,
+        "bf16": options.dtype == torch.bfloat16,
         # Must be known before DDP is built: gradients are then sums, and the loss carries its own denominators.
-        calculate_per_token_loss=True,
-        variable_seq_lengths=True,
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": True,
         # 0.16 refuses variable lengths with the default dispatcher, in dense models too.
-        moe_token_dispatcher_type="alltoall",
-        deterministic_mode=options.deterministic,
-        tensor_model_parallel_size=options.tensor_parallel_size,
-        context_parallel_size=options.context_parallel_size,
-    )
+        "moe_token_dispatcher_type": "alltoall",
+        "deterministic_mode": options.deterministic,
+        "tensor_model_parallel_size": options.tensor_parallel_size,
+        "context_parallel_size": options.context_parallel_size,
+    }
     return TransformerConfig(**supported_arguments(TransformerConfig, arguments | recompute | shape))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -31,8 +33,6 @@ def token_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature ({temperature}) must be > 0: greedy sampling has no log-probs to train on")
-    if len(targets) == 0:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     chunk = chunk_tokens or max(1, CHUNK_LOGITS * ranks // policy.architecture.text.vocab_size)
 
@@ -52,7 +52,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits: torch.Tensor, targets: torch.Tensor, temperature: float, banned_ids: tuple[int, ...], with_entropy_grad: bool
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, banned_ids: tuple[int, ...], with_entropy_grad: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
         shifted = _biased(logits, banned_ids, first).div_(temperature)
@@ -72,7 +72,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, logprobs_grad: torch.Tensor, entropy_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, logprobs_grad: torch.Tensor, entropy_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """d logprob / d logit = onehot - p; d entropy / d logit = -p (log p + entropy)."""
         probs, slots, here, *of_entropy = ctx.saved_tensors
         gradient = probs * -logprobs_grad[:, None]

@@ -28,14 +28,14 @@ class _RMSNorm(torch.autograd.Function):
     """One node for the five of autograd; on CPU a norm costs as much as a small matrix product otherwise."""
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = hidden.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(hidden, weight, inverse)
         return (wide * inverse).to(hidden.dtype) * weight
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         hidden, weight, inverse = ctx.saved_tensors
         normed = hidden.float() * inverse
         wide = gradient.float()

@@ -122,7 +122,9 @@ class Policy(MegatronModule):
         own = self.weights()
         missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         if missing or unexpected:
-            raise ValueError(f"weights don't fit the {self.architecture.model_type} model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+            raise ValueError(
+                f"weights don't fit the {self.architecture.model_type} model: missing {missing[:5]}, unexpected {unexpected[:5]}"
+            )
         for name, parameter in own.items():
             if parameter.shape != weights[name].shape:
                 raise ValueError(f"{name}: the model wants shape {tuple(parameter.shape)}, the weights have {tuple(weights[name].shape)}")

@@ -144,7 +144,7 @@ def _read_metadata(folder: Path) -> Metadata:
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-    except (OSError, EOFError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # unpickling damaged bytes may raise anything
         raise ValueError(f"{path} is not the metadata of a training save ({error})") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{path} is not the metadata of a training save (it holds {type(metadata).__name__})")

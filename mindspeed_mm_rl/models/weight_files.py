@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mindspeed_mm_rl.models.names import PARTS, Part
 from mindspeed_mm_rl.models.saved_weights import METADATA_FILE, SavedWeights
-from mindspeed_mm_rl.models.weight_layout import check_hf_shapes, check_megatron_shapes, to_megatron
+from mindspeed_mm_rl.models.weight_layout import check_hf_shapes, check_megatron_shapes, select_megatron, to_megatron
 
 FolderKind = Literal["hf", "mm", "training"]
 
@@ -127,15 +127,15 @@ def read_weights(folder: str | Path) -> Weights:
     return open_weights(recognise(folder))
 
 
-def read_megatron_weights(folder: str | Path, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Weights of any kind of folder in megatron layout, checked against config.json before the first tensor is read.
+def read_megatron_weights(folder: str | Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Exactly the megatron weights that config.json describes, from any kind of folder; names and shapes are checked before one is read.
 
     Raises ValueError when the folder holds no weights, or those of another model.
     """
     found = recognise(folder)
     weights = open_weights(found)
     _check(found, weights, config, PARTS)
-    return to_megatron(weights, config) if found.kind == "hf" else weights
+    return to_megatron(weights, config) if found.kind == "hf" else select_megatron(weights, config)
 
 
 def check_weights(folder: str | Path, config: Mapping[str, Any], parts: tuple[Part, ...] = PARTS) -> WeightFolder:

@@ -41,6 +41,13 @@ def iterate_megatron(hf: Mapping[str, Tensor], config: Mapping[str, Any], parts:
         yield entry.mm, join(entry, tensors)
 
 
+def select_megatron(mm: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights that config.json describes, without the copy of a tied embedding or the buffers that a file may hold beside them."""
+    table = entries(config)
+    check_tied({name: mm[name] for name in _TIED_MM if name in mm}, table, _TIED_MM)
+    return {entry.mm: mm[entry.mm] for entry in table}
+
+
 def to_hf(mm: Mapping[str, Tensor], config: Mapping[str, Any], parts: Sequence[Part] = PARTS) -> Iterator[tuple[str, Tensor]]:
     """The inverse, as (classic Hugging Face name, tensor); what is not regrouped is a view of the given tensor.
 

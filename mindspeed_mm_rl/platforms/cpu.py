@@ -22,12 +22,31 @@ from mindspeed_mm_rl.platforms import compat
 from mindspeed_mm_rl.platforms.packed_sdpa import packed_sdpa
 
 _CPU = torch.device("cpu")
-_DO_NOTHING = "set_device synchronize empty_cache ipc_collect set_stream reset_peak_memory_stats _lazy_init".split()
-_ARE_ZERO = "memory_allocated memory_reserved max_memory_allocated max_memory_reserved".split()
-_FACTORIES = (
-    "empty zeros ones full tensor arange rand randn randint linspace eye as_tensor empty_like zeros_like ones_like full_like "
-    "rand_like randn_like empty_strided triu_indices tril_indices"
-).split()
+_DO_NOTHING = ["set_device", "synchronize", "empty_cache", "ipc_collect", "set_stream", "reset_peak_memory_stats", "_lazy_init"]
+_ARE_ZERO = ["memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"]
+_FACTORIES = [
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "linspace",
+    "eye",
+    "as_tensor",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "empty_strided",
+    "triu_indices",
+    "tril_indices",
+]
 
 
 def packed_attention(

@@ -15,13 +15,19 @@ _MAX_ANSWER_CHARACTERS = 300
 """No answer of a known data set is longer; symbolic graders take minutes over what a model may babble into a box."""
 _EVALUATED = ("**", "__", "lambda")
 """mathruler hands expressions to sympy's parse_expr, which evaluates Python: powers of powers and attribute tricks stay out."""
+_CACHED = 1 << 15
+"""Verdicts that a worker remembers: a policy gives the same answers again and again."""
+
+# They tell at length about every answer that they cannot read, and about the time limit that is off.
+for _name in ("math_verify", "pylatexenc"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def _gradable(given: str) -> bool:
     return 0 < len(given) <= _MAX_ANSWER_CHARACTERS and not any(mark in given for mark in _EVALUATED)
 
 
-@lru_cache(maxsize=1 << 15)
+@lru_cache(maxsize=_CACHED)
 def equal_by_mathruler(given: str, answer: str) -> bool:
     """The rule of PRM800K: same string after normalisation, or sympy simplifies the difference to 0."""
     from mathruler.grader import grade_answer
@@ -35,21 +41,22 @@ def equal_by_mathruler(given: str, answer: str) -> bool:
         return False
 
 
-@lru_cache(maxsize=1 << 15)
+@lru_cache(maxsize=_CACHED)
+def _parsed(latex: str) -> list[object]:
+    """What math-verify reads in an answer. Half of its time goes here, and a group has one right answer and many equal guesses."""
+    import math_verify
+
+    # Its own time limit stays off: it is an alarm signal, which fails in any thread but the main one and then grades everything wrong.
+    # The pool's deadline holds for all verifiers instead.
+    return math_verify.parse(f"\\boxed{{{latex}}}", [math_verify.LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+
+
+@lru_cache(maxsize=_CACHED)
 def equal_by_math_verify(given: str, answer: str) -> bool:
     """Symbolic equality of two LaTeX answers by math-verify."""
     import math_verify
 
-    if not _gradable(given):
-        return False
-    # It warns that its own time limit is off. That limit is an alarm signal, which fails in any thread but the main one and then
-    # grades everything wrong; the pool's deadline holds for all verifiers instead.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    target, gold = (
-        math_verify.parse(f"\\boxed{{{latex}}}", [math_verify.LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
-        for latex in (given, answer)
-    )
-    return bool(math_verify.verify(gold, target, timeout_seconds=None))
+    return _gradable(given) and bool(math_verify.verify(_parsed(answer), _parsed(given), timeout_seconds=None))
 
 
 def boxed_is_right(text: str, answer: str) -> bool:

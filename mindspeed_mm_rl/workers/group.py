@@ -10,7 +10,7 @@ import torch
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.data.packing import balanced_shares
 from mindspeed_mm_rl.engines.base import PolicyLoss
-from mindspeed_mm_rl.engines.vllm.engine import ROLLOUT_ENV
+from mindspeed_mm_rl.engines.vllm.environment import rollout_env
 from mindspeed_mm_rl.types import Batch, RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.weights.host import WeightHandle
 from mindspeed_mm_rl.workers import placement
@@ -99,7 +99,7 @@ class RolloutGroupStream:
     def __init__(self, slots: placement.Slots, plan: Plan) -> None:
         self.timeout = plan.run.timeout_seconds
         self.num_samples = plan.run.samples_per_prompt
-        variables = dict(plan.runtime_env) | ROLLOUT_ENV | {"OMP_NUM_THREADS": str(plan.rollout.threads)}
+        variables = dict(plan.runtime_env) | rollout_env(plan.rollout.threads)
         self.workers = [
             placement.spawn(slots, RolloutWorker, slot, variables, plan=plan.rollout, seed=plan.rollout.seed)
             for slot in range(0, slots.count, plan.rollout.tensor_parallel_size)

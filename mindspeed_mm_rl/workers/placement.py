@@ -10,9 +10,9 @@ from mindspeed_mm_rl.config.plan import RunPlan
 from mindspeed_mm_rl.platforms import env
 
 _OBJECT_STORE_BYTES_ON_CPU = 512 << 20
-_DEVICE_SHARE = 0.5
-"""Of a bundle's device, for each of the two processes that take turns on it."""
-_COMMON_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+_DEVICE_SHARE, _CPU_SHARE = 0.5, 0.5
+"""Of a bundle, for each of the processes that take turns on it."""
+_COMMON_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def spawn(slots: Slots, worker: type, slot: int, variables: dict[str, str], **ar
     return (
         ray.remote(worker)
         .options(
-            num_cpus=1,
+            num_cpus=_CPU_SHARE,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(slots.group, placement_group_bundle_index=slot),
             runtime_env={"env_vars": _COMMON_ENV | variables},

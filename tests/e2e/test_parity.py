@@ -63,16 +63,16 @@ def make_prompts(hf_path: Path) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def world(tiny_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     plan = whole_plan(tiny_vl, tiny_vl, tmp_path_factory.mktemp("parity"))
-    plan = replace(plan, train=replace(plan.train, optimizer=replace(plan.train.optimizer, lr=5e-3)), run=replace(plan.run, num_devices=1))
+    plan = replace(plan, train=replace(plan.train, optimizer=replace(plan.train.optimizer, lr=5e-3)))
     prompts = make_prompts(tiny_vl)
     try:
-        slots = placement.start(replace(plan.run, num_devices=2))
+        slots = placement.start(plan.run)
         with_vision = replace(plan, rollout=replace(plan.rollout, image_embeds=False))
         # The trainer publishes the vision encoder too: the engine that runs one needs it, the other leaves it out.
-        actor = ActorGroup(replace(slots, count=1), with_vision, with_reference=False)
-        one = replace(slots, count=1)
-        rollouts = {"embeds": RolloutGroupStream(one, plan), "pixels": RolloutGroupStream(one, with_vision)}
-        actor.ready(), [rollout.ready() for rollout in rollouts.values()]
+        actor = ActorGroup(slots, with_vision, with_reference=False)
+        rollouts = {"embeds": RolloutGroupStream(slots, plan), "pixels": RolloutGroupStream(slots, with_vision)}
+        for group in (actor, *rollouts.values()):
+            group.ready()
         distinct: dict[str, ImageInput] = {image.key: image for prompt in prompts for image in prompt.images}
         pixels = ray.put(distinct)
         yield World(actor, rollouts, prompts, pixels, actor.encode(pixels), tiny_vl)

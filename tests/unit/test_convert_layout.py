@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mindspeed_mm_rl.models.names import Entry, canonical_hf_name, entries, is_tied
 from mindspeed_mm_rl.models.weight_layout import check_hf_shapes, check_megatron_shapes, join, separate, to_hf, to_megatron
-
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, in_chans=3, patch_size=14, temporal_patch_size=2)
-CONFIG_7B = dict(
-    model_type="qwen2_5_vl",
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=152064,
-    tie_word_embeddings=False,
-    vision_config=dict(VISION, out_hidden_size=3584),
-)
-CONFIG_3B = dict(
-    model_type="qwen2_5_vl",
-    hidden_size=2048,
-    intermediate_size=11008,
-    num_hidden_layers=36,
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    vocab_size=151936,
-    tie_word_embeddings=True,
-    vision_config=dict(VISION, out_hidden_size=2048),
-)
+from tests.checkpoints import CONFIG_3B, CONFIG_7B, load
 
 
 def entry(kind: str, shapes: tuple, groups: int) -> Entry:
@@ -123,10 +97,6 @@ def test_config_without_a_size_is_named():
         entries({key: value for key, value in CONFIG_7B.items() if key != "intermediate_size"})
 
 
-def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-
-
 @pytest.mark.parametrize("fixture", ["tiny_vl", "tiny_text"])
 def test_round_trip_is_bit_exact(fixture, request):
     weights, config = load(request.getfixturevalue(fixture))
@@ -137,15 +107,20 @@ def test_round_trip_is_bit_exact(fixture, request):
     assert sum(t.numel() for t in megatron.values()) == sum(t.numel() for t in weights.values())
 
 
+def in_memory_name(name: str) -> str:
+    for classic, new in (("model.", "model.language_model."), ("visual.", "model.visual.")):
+        if name.startswith(classic):
+            return new + name.removeprefix(classic)
+    return name
+
+
 def test_in_memory_names_of_transformers_5_are_read(tiny_text, tiny_vl):
     for folder in (tiny_text, tiny_vl):
         weights, config = load(folder)
-        renamed = {
-            name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name.replace("visual.", "model.visual.", 1): t
-            for name, t in weights.items()
-        }
         expected = to_megatron(weights, config)
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in to_megatron(renamed, config).items())
+        got = to_megatron({in_memory_name(name): tensor for name, tensor in weights.items()}, config)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
 def test_plain_tensors_are_views(tiny_vl):

@@ -36,9 +36,9 @@ SIZES = ((56, 84), (300, 200), (30, 31), (71, 900), (1000, 999))
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
-    import mindspeed_mm_rl  # noqa: F401 - makes torchvision importable beside a CPU torch
-
     from transformers import AutoImageProcessor
+
+    import mindspeed_mm_rl  # noqa: F401 - makes torchvision importable beside a CPU torch
 
     folder = make_hf_folder(tmp_path_factory.mktemp("hf"))
     return AutoImageProcessor.from_pretrained(folder, min_pixels=SETTINGS.min_pixels, max_pixels=SETTINGS.max_pixels)

@@ -8,12 +8,18 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from test_rewards_verifiers import GOOD, settings
 
+from mindspeed_mm_rl.rewards import pool as pool_module
 from mindspeed_mm_rl.rewards.pool import RewardPool
+from mindspeed_mm_rl.rewards.scoring import RewardSettings
 
+GOOD = "<think>Angles add up to 180.</think> So \\boxed{55}"
 ENDLESS = "<think>x</think> \\boxed{9^{9^{9^{9}}}}"
 """math-verify computes this power: in C, where no signal handler of Python is heard."""
+
+
+def settings(verifiers=("geo3k",), workers=1, timeout_seconds=20.0):
+    return RewardSettings(verifiers, (1.0,), 0, 1.0, 2048, workers, timeout_seconds)
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +27,18 @@ def pool():
     with RewardPool(settings(workers=2)) as pool:
         pool.wait_ready()
         yield pool
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as status:
+            return status.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def pids(pool):
@@ -38,9 +56,7 @@ def test_a_group_comes_back_in_its_order(pool):
 
 def test_512_texts_take_well_under_a_second(pool):
     start = time.monotonic()
-    groups = [
-        pool.submit(p, [f"<think>{'so ' * 40}</think> \\boxed{{{p + k}}}" for k in range(8)], [50] * 8, str(p)) for p in range(64)
-    ]
+    groups = [pool.submit(p, [f"<think>{'so ' * 40}</think> \\boxed{{{p + k}}}" for k in range(8)], [50] * 8, str(p)) for p in range(64)]
     rewards = [future.result(timeout=30).rewards for future in groups]
     seconds = time.monotonic() - start
     assert all(group == [1.0] + [0.1] * 7 for group in rewards)
@@ -86,6 +102,23 @@ def test_close_leaves_no_process_even_of_an_endless_grading():
         pool.submit(2, [GOOD], [1], "55")
 
 
+def test_not_even_an_endless_grading_outlives_a_killed_driver():
+    code = (
+        "import sys; from mindspeed_mm_rl.rewards.pool import RewardPool; from mindspeed_mm_rl.rewards.scoring import RewardSettings;"
+        "pool = RewardPool(RewardSettings(('geo3k',), (1.0,), 0, 1.0, 2048, 2, 0.5)); pool.wait_ready();"
+        f"pool._lanes[0].worker.grade([{ENDLESS!r}], '55');"
+        "print(*[lane.worker.process.pid for lane in pool._lanes], flush=True); sys.stdin.read()"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), text=True)
+    workers = [int(pid) for pid in driver.stdout.readline().split()]
+    driver.kill()
+    driver.communicate()
+    deadline = time.monotonic() + 20.0
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_verifier_that_raises_names_its_sample_and_spares_the_pool():
     with RewardPool(settings(verifiers=("acc_for_dapo",))) as pool:
         failed = pool.submit(7, ["no line", "Answer: 5"], [1, 1], None, "gsm8k")
@@ -96,12 +129,16 @@ def test_a_verifier_that_raises_names_its_sample_and_spares_the_pool():
         assert pids(pool) == [pid]
 
 
-def test_a_worker_that_cannot_start_says_why(monkeypatch):
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path and not path.startswith("/tmp")])
-    monkeypatch.setattr(sys, "flags", sys.flags)
-    monkeypatch.setattr("mindspeed_mm_rl.rewards.pool._BOOT", "import sys; sys.exit(3)")
-    with RewardPool(settings()) as pool, pytest.raises(RuntimeError, match="ended while it started .exit code 3."):
+def test_a_grader_that_is_not_installed_fails_before_training(monkeypatch):
+    monkeypatch.setattr(pool_module, "_BOOT", f"import sys; sys.modules['mathruler'] = None; {pool_module._BOOT}")
+    with RewardPool(settings()) as pool, pytest.raises(RuntimeError, match="could not start: ModuleNotFoundError: .*mathruler"):
         pool.wait_ready()
+
+
+def test_a_worker_that_ends_while_starting_is_an_error_of_every_group(monkeypatch):
+    monkeypatch.setattr(pool_module, "_BOOT", "import sys; sys.exit(3)")
+    with RewardPool(settings()) as pool, pytest.raises(RuntimeError, match="ended while it started .exit code 3."):
+        pool.submit(0, [GOOD], [1], "55").result(timeout=30)
 
 
 def test_reward_processes_import_nothing_heavy():
@@ -109,5 +146,5 @@ def test_reward_processes_import_nothing_heavy():
         "import sys; from mindspeed_mm_rl.rewards.worker import self_check; self_check(['geo3k']);"
         "print([name for name in ('torch', 'numpy', 'ray', 'vllm', 'transformers', 'megatron') if name in sys.modules])"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert answer.stdout.strip() == "[]"

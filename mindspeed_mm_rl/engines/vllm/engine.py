@@ -19,9 +19,9 @@ from vllm.sampling_params import RequestOutputKind
 
 from mindspeed_mm_rl.config.plan import RolloutPlan
 from mindspeed_mm_rl.engines.vllm import weights
-from mindspeed_mm_rl.engines.vllm.bans import BANNED_KEY, BannedTokens
-from mindspeed_mm_rl.models.families import Architecture, read_architecture
-from mindspeed_mm_rl.types import ImageFeatures, ImageInput, Images, Rollout, RolloutGroup, RolloutRequest
+from mindspeed_mm_rl.engines.vllm.model_class import import_model_class
+from mindspeed_mm_rl.models.families import read_architecture
+from mindspeed_mm_rl.types import BAN_BIAS, ImageFeatures, ImageInput, Images, Rollout, RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.weights.host import WeightHandle
 
 
@@ -42,12 +42,13 @@ class VllmRolloutEngine:
         if plan.threads:
             # vLLM turns later calls into a warning.
             torch.set_num_threads(plan.threads)
-        self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture))
+        import_model_class(plan.hf_path)
+        self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture.vision is not None))
         weights.open_receiver(self._llm)
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         """Copies the weights and drops every cache that the old ones filled; raises ValueError when tensors are missing."""
-        weights.receive(self._open(), handle, policy_version)
+        weights.receive(self._idle(), handle, policy_version)
         self._version = policy_version
 
     def generate(self, requests: list[RolloutRequest], images: Images, num_samples: int) -> Iterator[RolloutGroup]:
@@ -56,7 +57,7 @@ class VllmRolloutEngine:
         Raises ValueError (naming the prompt) for a prompt that doesn't fit, an image that is missing, or image tokens that the
         engine counts differently from the loader.
         """
-        engine = self._open().llm_engine
+        engine = self._idle().llm_engine
         if self._version is None:
             raise ValueError("rollout: no weights have been received yet; call receive_weights before generate")
         prompt_ids = [request.prompt_id for request in requests]
@@ -93,12 +94,19 @@ class VllmRolloutEngine:
             raise ValueError("rollout: the engine has been closed")
         return self._llm
 
+    def _idle(self) -> LLM:
+        llm = self._open()
+        if llm.llm_engine.has_unfinished_requests():
+            raise ValueError("rollout: a stream of generate is still open; read it to its end or close it first")
+        return llm
+
     def _sampling(self, sample_id: int) -> SamplingParams:
         return SamplingParams(
             temperature=self._plan.temperature,
             max_tokens=self._plan.max_tokens,
             seed=_sample_seed(self._seed, sample_id),
             stop_token_ids=list(self._architecture.eos_token_ids),
+            logit_bias=dict.fromkeys(self._architecture.banned_token_ids, BAN_BIAS) or None,
             # 0 = the sampled token's log-prob and no other.
             logprobs=0,
             flat_logprobs=True,
@@ -165,7 +173,7 @@ class VllmRolloutEngine:
         )
 
 
-def _engine_arguments(plan: RolloutPlan, seed: int, architecture: Architecture) -> dict[str, Any]:
+def _engine_arguments(plan: RolloutPlan, seed: int, has_vision: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = dict(
         model=plan.hf_path,
         dtype=plan.dtype,
@@ -180,17 +188,15 @@ def _engine_arguments(plan: RolloutPlan, seed: int, architecture: Architecture) 
         enforce_eager=plan.enforce_eager,
         enable_prefix_caching=plan.enable_prefix_caching,
         trust_remote_code=plan.trust_remote_code,
-        # After temperature and bans, as the trainer computes them.
+        # After bans and temperature, as the trainer computes them.
         logprobs_mode="processed_logprobs",
-        logits_processors=[BannedTokens],
-        additional_config={BANNED_KEY: list(architecture.banned_token_ids)},
         disable_log_stats=True,
     )
     if current_platform.is_cpu():
         # A prefill that is split over two steps asks the CPU generator of a seeded request for an offset, which it doesn't have.
         arguments |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(plan.max_num_batched_tokens, plan.max_model_len))
         arguments |= dict(kv_cache_memory_bytes=plan.kv_cache_bytes)
-    if architecture.vision is not None:
+    if has_vision:
         arguments |= _picture_arguments(plan)
     return arguments
 

@@ -1,0 +1,141 @@
+# Sourced by the *_trainer_*.sh scripts. One machine: mm-rl train. Several: run the same script on each; the one whose CURRENT_IP is
+# MASTER_ADDR starts Ray's head, waits for the others and trains, the others lend their devices until it is done.
+#
+#   NNODES          machines (1)
+#   NPUS_PER_NODE   devices that a machine lends to Ray when NNODES > 1 (8; on CPU machines 0)
+#   MASTER_ADDR     address of the head (localhost; a real address when NNODES > 1)
+#   CURRENT_IP      address of this machine (of SOCKET_IFNAME, else the first one)
+#   SOCKET_IFNAME   network interface between the machines (chosen by the libraries)
+#   DEFAULT_YAML    name below examples/rl/configs, or a file
+#   WAIT_SECONDS    how long machines wait for each other (600)
+
+set -euo pipefail
+
+REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)"
+RAY_PORT=6766
+
+launch() {
+    NNODES="${NNODES:-1}" NPUS_PER_NODE="${NPUS_PER_NODE:-8}" MASTER_ADDR="${MASTER_ADDR:-localhost}" WAIT_SECONDS="${WAIT_SECONDS:-600}"
+    if [[ $# -gt 0 && "$1" != *=* && "$1" != -* ]]; then
+        DEFAULT_YAML="$1"
+        shift
+    fi
+    use_environment
+    preload_jemalloc
+    if [[ "$NNODES" == 1 ]]; then
+        train "$@"
+    else
+        launch_on_several "$@"
+    fi
+}
+
+use_environment() {
+    if [[ -z "${VIRTUAL_ENV:-}" && -x "$REPOSITORY/.venv/bin/python" ]]; then
+        PATH="$REPOSITORY/.venv/bin:$PATH"
+    fi
+    local script
+    for script in /usr/local/Ascend/ascend-toolkit/set_env.sh /usr/local/Ascend/nnal/atb/set_env.sh; do
+        # shellcheck disable=SC1090  (their scripts read unset variables)
+        if [[ -f "$script" ]]; then set +u; source "$script"; set -u; fi
+    done
+    if [[ -n "${SOCKET_IFNAME:-}" ]]; then
+        export GLOO_SOCKET_IFNAME="$SOCKET_IFNAME" TP_SOCKET_IFNAME="$SOCKET_IFNAME"
+        export HCCL_SOCKET_IFNAME="$SOCKET_IFNAME" NCCL_SOCKET_IFNAME="$SOCKET_IFNAME"
+    fi
+    ulimit -n 32768 2>/dev/null || true
+}
+
+# Ray's processes don't give memory back to the system with the C library's allocator.
+preload_jemalloc() {
+    if [[ "${LD_PRELOAD:-}" == *jemalloc* ]]; then return; fi
+    local library
+    library="$({ ldconfig -p 2>/dev/null || true; } | awk '/libjemalloc\.so/ { print $NF; exit }')"
+    if [[ -z "$library" ]]; then
+        library="$(compgen -G '/usr/lib*/libjemalloc.so*' || compgen -G '/usr/lib/*/libjemalloc.so*' || compgen -G '/usr/local/lib/libjemalloc.so*' || true)"
+        library="${library%%$'\n'*}"
+    fi
+    if [[ -n "$library" ]]; then
+        export LD_PRELOAD="$library${LD_PRELOAD:+:$LD_PRELOAD}"
+    else
+        echo "jemalloc not found: long runs use less memory with it (apt install libjemalloc2, or yum install jemalloc)" >&2
+    fi
+}
+
+train() {
+    local config="$DEFAULT_YAML"
+    if [[ ! -f "$config" ]]; then config="$REPOSITORY/examples/rl/configs/${DEFAULT_YAML%.yaml}.yaml"; fi
+    if command -v mm-rl >/dev/null; then
+        mm-rl train --config "$config" "$@"
+    else
+        PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}" python -m mindspeed_mm_rl.cli.main train --config "$config" "$@"
+    fi
+}
+
+launch_on_several() {
+    if [[ "$MASTER_ADDR" == localhost || "$MASTER_ADDR" == 127.* ]]; then
+        echo "error: MASTER_ADDR is $MASTER_ADDR, but NNODES is $NNODES: give the address of the first machine as the others see it" >&2
+        return 2
+    fi
+    CURRENT_IP="${CURRENT_IP:-$(own_address)}"
+    local resources='{}'
+    if [[ -e /dev/davinci_manager ]]; then resources="{\"NPU\": $NPUS_PER_NODE}"; fi
+    if [[ "$CURRENT_IP" == "$MASTER_ADDR" ]]; then
+        ray start --head --block --port "$RAY_PORT" --node-ip-address "$CURRENT_IP" --include-dashboard false --resources "$resources" &
+        stop_at_exit $!
+        export RAY_ADDRESS="$MASTER_ADDR:$RAY_PORT"
+        wait_for_nodes
+        train "$@"
+    else
+        join_head "$resources"
+    fi
+}
+
+own_address() {
+    if [[ -n "${SOCKET_IFNAME:-}" ]]; then
+        ip -4 -o addr show "$SOCKET_IFNAME" | awk '{ sub("/.*", "", $4); print $4; exit }'
+    else
+        hostname -I | awk '{ print $1 }'
+    fi
+}
+
+stop_at_exit() {
+    # shellcheck disable=SC2064  (the id of now)
+    trap "kill $1 2>/dev/null || true; wait $1 2>/dev/null || true" EXIT
+}
+
+wait_for_nodes() {
+    NNODES="$NNODES" WAIT_SECONDS="$WAIT_SECONDS" python - <<'PYTHON'
+import os
+import sys
+import time
+
+import ray
+
+wanted, deadline, alive = int(os.environ["NNODES"]), time.monotonic() + float(os.environ["WAIT_SECONDS"]), 0
+while time.monotonic() < deadline:
+    try:
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+        alive = sum(node["Alive"] for node in ray.nodes())
+    except ConnectionError:
+        alive = 0
+    if alive >= wanted:
+        sys.exit(0)
+    print(f"waiting for machines: {alive} of {wanted}", file=sys.stderr)
+    time.sleep(5)
+sys.exit(f"error: {alive} of {wanted} machines joined within WAIT_SECONDS={os.environ['WAIT_SECONDS']}; is the script running on all of them?")
+PYTHON
+}
+
+# Lends this machine until the head is gone.
+join_head() {
+    local deadline=$((SECONDS + WAIT_SECONDS))
+    until { exec 3<>"/dev/tcp/$MASTER_ADDR/$RAY_PORT"; } 2>/dev/null; do
+        if ((SECONDS >= deadline)); then
+            echo "error: nothing answers at $MASTER_ADDR:$RAY_PORT for $WAIT_SECONDS s; is the script running on MASTER_ADDR?" >&2
+            return 2
+        fi
+        sleep 5
+    done
+    exec 3>&-
+    ray start --address "$MASTER_ADDR:$RAY_PORT" --node-ip-address "$CURRENT_IP" --resources "$1" --block
+}

@@ -1,0 +1,28 @@
+"""Configuration, plan, preflight, training: what `mm-rl train` does, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mindspeed_mm_rl.cli.plan_view import render_plan
+from mindspeed_mm_rl.cli.preflight import preflight
+from mindspeed_mm_rl.config.derive import make_plan
+from mindspeed_mm_rl.config.load import load_config
+
+
+def train_from(config: Path, overrides: Sequence[str], dry_run: bool) -> None:
+    """Raises ValueError with one sentence for everything that is wrong with the user's input, before any process is started."""
+    console = Console()
+    plan = make_plan(load_config(config, overrides))
+    console.print(render_plan(plan), highlight=False, soft_wrap=True, markup=False)
+    for line in preflight(plan):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if dry_run:
+        console.print("dry run: everything checked, nothing trained")
+        return
+    from mindspeed_mm_rl.trainer.build import run
+
+    run(plan)

@@ -1,0 +1,21 @@
+"""vLLM's model class, imported in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vllm import ModelRegistry
+
+from mindspeed_mm_rl.models.families import read_architecture
+
+
+def import_model_class(hf_path: str | Path) -> None:
+    """Call before LLM(). Raises ValueError when vLLM doesn't know the folder's architecture.
+
+    vLLM would inspect the class in a fresh Python process (to keep CUDA untouched before a fork, which doesn't happen here). That costs
+    seconds, and that process doesn't import this package, so on CPU builds of torch its import of torchvision fails.
+    """
+    for name in read_architecture(hf_path).raw.get("architectures", []):
+        if name not in ModelRegistry.models:
+            raise ValueError(f"{hf_path}/config.json: vLLM doesn't know the architecture {name}")
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())

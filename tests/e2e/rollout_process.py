@@ -1,0 +1,84 @@
+"""A process of its own for vLLM engines, as in a run: vLLM changes thread counts and random state of the process that it lives in."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+
+from mindspeed_mm_rl.config.plan import RolloutPlan
+from mindspeed_mm_rl.engines.vllm.environment import rollout_env
+from mindspeed_mm_rl.types import Images, RolloutGroup, RolloutRequest
+from mindspeed_mm_rl.weights.host import WeightHandle
+
+_engines: dict = {}
+"""Of the child process."""
+
+
+def _ready() -> None:
+    pass
+
+
+def _build(name: str, plan: RolloutPlan, seed: int) -> None:
+    from mindspeed_mm_rl.engines.vllm.engine import VllmRolloutEngine
+
+    _engines[name] = VllmRolloutEngine(plan, seed)
+
+
+def _close(name: str) -> None:
+    _engines.pop(name).close()
+
+
+def _receive(name: str, handle: WeightHandle, version: int) -> None:
+    _engines[name].receive_weights(handle, version)
+
+
+def _generate(name: str, requests: list[RolloutRequest], images: Images, num_samples: int) -> list[RolloutGroup]:
+    return list(_engines[name].generate(requests, images, num_samples))
+
+
+def _generate_while_open(name: str, requests: list[RolloutRequest], images: Images, num_samples: int) -> list[RolloutGroup]:
+    """Reads one group, asks for another stream, closes the first, reads a new one to its end."""
+    stream = _engines[name].generate(requests, images, num_samples)
+    next(stream)
+    with pytest.raises(ValueError, match="still open"):
+        next(_engines[name].generate(requests, images, num_samples))
+    stream.close()
+    return _generate(name, requests, images, num_samples)
+
+
+class RolloutProcess:
+    """Calls answer when they are done; errors of the child are raised here."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> RolloutProcess:
+        with pytest.MonkeyPatch.context() as environment:
+            # An empty cache: what only works on a machine that has run vLLM before would fail here.
+            for key, value in (rollout_env(threads=1) | {"VLLM_CACHE_ROOT": str(self._cache)}).items():
+                environment.setenv(key, value)
+            self._pool.submit(_ready).result()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def build(self, name: str, plan: RolloutPlan, seed: int) -> None:
+        self._pool.submit(_build, name, plan, seed).result()
+
+    def close(self, name: str) -> None:
+        self._pool.submit(_close, name).result()
+
+    def receive(self, name: str, handle: WeightHandle, version: int) -> None:
+        self._pool.submit(_receive, name, handle, version).result()
+
+    def generate(self, name: str, requests: list[RolloutRequest], images: Images, num_samples: int) -> list[RolloutGroup]:
+        return self._pool.submit(_generate, name, requests, images, num_samples).result()
+
+    def generate_while_open(self, name: str, requests: list[RolloutRequest], images: Images, num_samples: int) -> list[RolloutGroup]:
+        return self._pool.submit(_generate_while_open, name, requests, images, num_samples).result()
