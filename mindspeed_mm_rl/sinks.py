@@ -92,9 +92,10 @@ class TensorboardSink:
     """Scalars under `train/`, in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.summary import Writer
+        # torch's writer stores plain scalars, which every reader of event files knows; tensorboard's own stores tensors.
+        from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = Writer(str(folder))
+        self._writer = SummaryWriter(str(folder))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

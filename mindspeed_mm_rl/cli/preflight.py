@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from mindspeed_mm_rl.algorithms.filters import check_metric, metric_name
 from mindspeed_mm_rl.config.check import check_offered
 from mindspeed_mm_rl.config.plan import DataPlan, Plan, TrainPlan
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.models.families import read_architecture
-from mindspeed_mm_rl.models.weight_files import check_weights, read_config
+from mindspeed_mm_rl.models.weight_files import WeightFolder, check_weights, read_config
 from mindspeed_mm_rl.rewards.registry import check_verifiers, score_names
 
 
@@ -46,13 +47,20 @@ def _weights(plan: Plan) -> str:
         raise ValueError(f"megatron_training.tokenizer_name_or_path: {train.hf_path} is not a folder; give a Hugging Face folder")
     config = read_config(train.hf_path)
     read_architecture(train.hf_path)
-    found = check_weights(train.load, config)
+    found = _checked("actor_config.load", train.load, config)
     if found.kind == "training" and not train.finetune:
         _resumable(plan, found.iteration)
     if plan.recipe.kl_coef and train.reference_load != train.load:
-        check_weights(train.reference_load, config)
+        _checked("rl_config.integrated_mode_config.ref_model_load_path", train.reference_load, config)
     kind = {"hf": "Hugging Face weights", "mm": "mm-convert weights", "training": f"training save of iteration {found.iteration}"}
     return f"weights: {kind[found.kind]} in {found.weights}"
+
+
+def _checked(key: str, folder: str, config: dict[str, Any]) -> WeightFolder:
+    try:
+        return check_weights(folder, config)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _resumable(plan: Plan, iteration: int | None) -> None:

@@ -75,9 +75,9 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "rl_config.n_samples_per_prompt is used": "num_completions best_of n",
     },
     "profiler_config.integrated": {
-        "profile isn't offered in this version": "mstx stage profile_save_path profile_export_type profile_level "
-        "profile_with_memory profile_with_cpu profile_with_npu profile_with_module profile_record_shapes profile_step_start profile_step_end profile_analysis "
-        "profile_ranks",
+        "profile isn't offered in this version": "mstx stage profile_save_path profile_export_type profile_level profile_ranks "
+        "profile_with_memory profile_with_cpu profile_with_npu profile_with_module profile_record_shapes profile_step_start "
+        "profile_step_end profile_analysis",
     },
     "msprobe_config": {
         "msprobe isn't offered in this version": "dump_path key_data_dump configurations_dump actor_train_dump "

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+_PARTS = ("image_encoder", "text_decoder")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Name in a model file -> path in a Hugging Face config.json, per part. Numbers only: names of variants differ between the two worlds.
@@ -103,7 +104,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _named(content: dict[str, Any], name: Any) -> dict[str, Any]:
     """Model files for text hold {name: {...}}; `megatron_training.model` picks one, the only one needs no picking."""
     inner = content.get(name) if isinstance(name, str) else None
-    if inner is None and len(content) == 1:
+    if inner is None and len(content) == 1 and not set(content) & set(_PARTS):
         inner = next(iter(content.values()))
     return inner if isinstance(inner, dict) else content
 

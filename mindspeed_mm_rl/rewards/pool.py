@@ -61,6 +61,7 @@ class _Worker:
         try:
             message = self.receive(_START_SECONDS)
         except _WorkerLate:
+            self.process.kill()
             raise RuntimeError(f"a reward worker was not ready after {_START_SECONDS:.0f} s") from None
         except _WorkerDied:
             raise RuntimeError(f"a reward worker ended while it started (exit code {self.process.wait()})") from None

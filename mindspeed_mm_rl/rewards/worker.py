@@ -23,7 +23,7 @@ from mindspeed_mm_rl.rewards.scoring import score_sample
 
 _MEMORY_BYTES = 4 << 30
 """A power tower in a response may ask for all of the machine; grading uses about 0.1 GiB."""
-_ORPHAN_GRACE_SECONDS = 2.0
+_ORPHAN_GRACE_SECONDS = 1.0
 
 
 def main(descriptor: int) -> None:

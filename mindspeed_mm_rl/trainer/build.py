@@ -55,7 +55,7 @@ def _train(plan: Plan, actor: ActorGroup, rollout: RolloutGroupStream, loader: P
     if found.kind == "training":
         state.resume(found.weights.parent, actor, loader, kl)
         _console.print(f"continuing {found.weights.parent} after iteration {state.iteration}")
-    collector = Collector(plan, recipe, loader, actor, rollout, rewards, loader.renderer.tokenizer)
+    collector = Collector(plan, recipe, loader, actor, rollout, rewards, loader.builder.renderer.tokenizer)
     output = Path(plan.run.output)
     with closing(open_metric_log(output, plan.run.train_iters, state.iteration, plan.run.use_tensorboard)) as log:
         RLTrainer(plan, recipe, read_architecture(plan.train.hf_path), actor, rollout, collector, kl, state, log).train()

@@ -251,8 +251,11 @@ def test_samples_are_in_id_order_and_never_banned(process: RolloutProcess, train
 def test_a_closed_stream_leaves_nothing_behind(process: RolloutProcess, trainer: Trainer) -> None:
     process.receive(EMBEDS, _handle(trainer.tensors(vision=False)), 1)
     requests, pictures = trainer.requests(), trainer.features()
-    whole = _by_sample(process.generate(EMBEDS, requests, pictures, 4))
-    assert _by_sample(process.generate_while_open(EMBEDS, requests, pictures, 4)) == whole
+    # 96 samples for 64 places: the first group is done long before the last.
+    whole = _by_sample(process.generate(EMBEDS, requests, pictures, 16))
+    refusals, groups = process.generate_while_open(EMBEDS, requests, pictures, 16)
+    assert refusals == ["rollout: a stream of generate is still open; read it to its end or close it first"] * 2
+    assert _by_sample(groups) == whole
 
 
 def test_a_refused_prompt_leaves_nothing_behind(process: RolloutProcess, trainer: Trainer) -> None:

@@ -90,6 +90,14 @@ def test_kl_term_and_entropy_bonus_by_hand():
     assert metrics["kl_loss"].item() == pytest.approx(0.5 + log(2.0) - 1, abs=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "slope"), [("kl", 1.0), ("abs", 1.0), ("mse", log(2.0)), ("low_var_kl", 0.5)])
+def test_gradient_of_the_kl_term_by_hand(kind, slope):
+    x = hand_input()
+    clipped_policy_loss(x, replace(DAPO, kl_penalty=kind, kl_coef=0.1))[0].backward()
+    # The surrogate of the first two tokens is clipped: what they get is the slope at logprobs - ref = log 2 alone.
+    assert x.logprobs.grad[:2].tolist() == pytest.approx([0.1 * slope / 4] * 2, abs=1e-6)
+
+
 def test_kl_term_without_reference_is_refused():
     with pytest.raises(ValueError, match="no reference log-probs"):
         clipped_policy_loss(hand_input(ref_logprobs=None), replace(DAPO, kl_coef=0.1))

@@ -84,6 +84,18 @@ def test_endless_grading_is_killed_counted_and_wrong_alone():
         assert pool.submit(1, [GOOD], [1], "55").result(timeout=30).rewards == [1.0]
 
 
+def test_a_response_that_kills_every_worker_is_wrong_alone(monkeypatch):
+    deadly = (
+        "import os; from mindspeed_mm_rl.rewards import worker; grade = worker.score_sample;"
+        "worker.score_sample = lambda text, *rest: os.abort() if text == 'deadly' else grade(text, *rest)"
+    )
+    boot, main = pool_module._BOOT.rsplit("; ", 1)
+    monkeypatch.setattr(pool_module, "_BOOT", f"{boot}; {deadly}; {main}")
+    with RewardPool(settings()) as pool:
+        group = pool.submit(0, [GOOD, "deadly", GOOD], [1, 1, 1], "55").result(timeout=60)
+    assert (group.rewards, group.crashes, group.timeouts) == ([1.0, 0.0, 1.0], 1, 0)
+
+
 def test_close_leaves_no_process_even_of_an_endless_grading():
     pool = RewardPool(settings(timeout_seconds=60.0))
     pool.wait_ready()

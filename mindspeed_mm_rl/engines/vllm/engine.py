@@ -58,7 +58,8 @@ class VllmRolloutEngine:
         engine counts differently from the loader.
         """
         engine = self._idle().llm_engine
-        if self._version is None:
+        version = self._version
+        if version is None:
             raise ValueError("rollout: no weights have been received yet; call receive_weights before generate")
         prompt_ids = [request.prompt_id for request in requests]
         if len(set(prompt_ids)) != len(prompt_ids):
@@ -74,7 +75,7 @@ class VllmRolloutEngine:
                     added.append(engine.add_request(str(sample_id), rendered, self._sampling(sample_id)))
             while engine.has_unfinished_requests():
                 for output in engine.step():
-                    rollout = self._rollout(output)
+                    rollout = _rollout(output, version)
                     prompt_id = rollout.sample_id // num_samples
                     group = finished[prompt_id]
                     group.append(rollout)
@@ -162,15 +163,16 @@ class VllmRolloutEngine:
         names = [f"{key}-{self._version}" for key in request.image_keys]
         return {"multi_modal_data": {"image": value}, "multi_modal_uuids": {"image": names}}
 
-    def _rollout(self, output: RequestOutput) -> Rollout:
-        completion = output.outputs[0]
-        return Rollout(
-            sample_id=int(output.request_id),
-            token_ids=list(completion.token_ids),
-            logprobs=list(completion.logprobs.logprobs),
-            finish="stop" if completion.finish_reason == "stop" else "length",
-            policy_version=self._version,
-        )
+
+def _rollout(output: RequestOutput, policy_version: int) -> Rollout:
+    completion = output.outputs[0]
+    return Rollout(
+        sample_id=int(output.request_id),
+        token_ids=list(completion.token_ids),
+        logprobs=list(completion.logprobs.logprobs),
+        finish="stop" if completion.finish_reason == "stop" else "length",
+        policy_version=policy_version,
+    )
 
 
 def _engine_arguments(plan: RolloutPlan, seed: int, has_vision: bool) -> dict[str, Any]:

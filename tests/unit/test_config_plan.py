@@ -1,0 +1,203 @@
+"""Rules over several keys and derived values, with the numbers worked out by hand."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from mindspeed_mm_rl.config.check import check_offered
+from mindspeed_mm_rl.config.derive import make_plan
+from mindspeed_mm_rl.config.load import load_config
+from tests.unit.test_config_load import CONFIGS, DAPO_7B, USERS_COLOCATED, USERS_DAPO, USERS_RESUME, write
+
+BASE = """
+megatron_training:
+  stage: ray_dapo
+  tokenizer_name_or_path: model
+  data_path: data
+  global_batch_size: 64
+  train_iters: 80
+rl_config:
+  n_samples_per_prompt: 8
+"""
+
+
+def plan_of(folder: Path, *overrides: str, text: str = BASE):
+    return make_plan(load_config(write(folder, text), overrides))
+
+
+def merged(folder: Path, text: str) -> Path:
+    """The user's fragment over the shipped file, as an editor would leave it."""
+    from omegaconf import OmegaConf
+
+    whole = OmegaConf.merge(OmegaConf.load(DAPO_7B), OmegaConf.create(textwrap.dedent(text)))
+    OmegaConf.save(whole, folder / "merged.yaml")
+    return folder / "merged.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_yaml_makes_a_plan_that_is_offered(path):
+    check_offered(make_plan(load_config(path)))
+
+
+@pytest.mark.parametrize("text", [USERS_DAPO, USERS_RESUME])
+def test_users_fragments_make_a_plan(tmp_path, text):
+    check_offered(make_plan(load_config(merged(tmp_path, text))))
+
+
+def test_users_dapo_values_in_the_plan(tmp_path):
+    plan = make_plan(load_config(merged(tmp_path, USERS_DAPO)))
+    assert plan.train.deterministic
+    assert (plan.recipe.clip_ratio_low, plan.recipe.clip_ratio_high, plan.recipe.kl_coef) == (0.2, 0.28, 0.0)
+    assert (plan.recipe.train_prompts, plan.recipe.filter_max_batches) == (32, -1)
+    assert (plan.run.prompts_per_generation, plan.run.mini_batch_prompts, plan.run.on_policy) == (64, 32, True)
+    assert plan.reward.overlong_buffer == 512
+    assert plan.train.load == str(Path("ckpt/mm_path/Qwen2.5-VL-7B-Instruct").absolute())
+
+
+def test_a_layout_of_several_devices_is_refused_with_what_to_set(tmp_path):
+    plan = make_plan(load_config(merged(tmp_path, USERS_COLOCATED)))
+    assert (plan.train.tensor_parallel_size, plan.run.num_devices) == (4, 16)
+    with pytest.raises(ValueError, match="tensor_model_parallel_size: 4 isn't offered.*add actor_config.tensor_model_parallel_size=1"):
+        check_offered(plan)
+
+
+def test_updates_and_warmup(tmp_path):
+    # 64 prompts / 24 = 3 mini-batches, the last one smaller; x 2 epochs x 80 iterations.
+    plan = plan_of(tmp_path, "rl_config.mini_batch_size=24", "rl_config.epochs=2", "actor_config.lr_warmup_fraction=0.05")
+    assert plan.train.optimizer.decay_updates == 480
+    assert plan.train.optimizer.warmup_updates == 24
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_policy"),
+    [
+        ([], True),
+        (["rl_config.mini_batch_size=32"], False),
+        (["rl_config.epochs=2"], False),
+        (["rl_config.mini_batch_size=32", "rl_config.filter_groups_enable=true", "rl_config.filter_groups_train_batch_size=32"], True),
+    ],
+)
+def test_on_policy_is_one_mini_batch_and_one_epoch(tmp_path, overrides, on_policy):
+    assert plan_of(tmp_path, *overrides).run.on_policy is on_policy
+
+
+def test_grpo_is_dapo_with_equal_clips_and_a_reference(tmp_path):
+    recipe = plan_of(tmp_path, "megatron_training.stage=ray_grpo").recipe
+    assert (recipe.algorithm, recipe.clip_ratio_low, recipe.clip_ratio_high, recipe.kl_coef) == ("grpo", 0.2, 0.2, 0.01)
+
+
+def test_dapo_says_that_it_has_no_kl_term(tmp_path):
+    plan = plan_of(tmp_path, "rl_config.init_kl_coef=0.05")
+    assert plan.recipe.kl_coef == 0.0
+    assert any("init_kl_coef" in note for note in plan.notes)
+
+
+def test_lengths_are_derived(tmp_path):
+    plan = plan_of(tmp_path, "rl_config.max_prompt_length=3000", "generate_config.sampling_config.max_tokens=100")
+    assert plan.rollout.max_model_len == plan.rollout.max_num_batched_tokens == 3100
+
+
+def test_dtype_follows_bf16(tmp_path):
+    assert plan_of(tmp_path).rollout.dtype == plan_of(tmp_path).train.dtype == "bfloat16"
+    plan = plan_of(tmp_path, "megatron_training.bf16=false")
+    assert (plan.train.dtype, plan.rollout.dtype, plan.train.logprob_gap_bound) == ("float32", "float32", 0.1)
+
+
+def test_micro_batch_bounds(tmp_path):
+    samples = ["actor_config.micro_batch_size=4", "rl_config.update_max_packing_token_size=8000"]
+    plan = plan_of(tmp_path, *samples)
+    assert (plan.train.max_samples_per_micro_batch, plan.train.max_tokens_per_micro_batch) == (4, 8000)
+    assert plan_of(tmp_path, *samples, "rl_config.use_dynamic_bsz=true").train.max_samples_per_micro_batch == 0
+
+
+def test_seed_of_sampling(tmp_path):
+    assert plan_of(tmp_path, "megatron_training.seed=7").rollout.seed == 7
+    assert plan_of(tmp_path, "megatron_training.seed=7", "generate_config.sampling_config.seed=0").rollout.seed == 0
+
+
+def test_output_is_named_after_the_yaml(tmp_path):
+    assert Path(plan_of(tmp_path).run.output).parts[-2:] == ("logs", "run")
+
+
+def test_text_and_pictures_have_their_own_default_reward(tmp_path):
+    assert plan_of(tmp_path).reward.verifiers == ("base_acc",)
+    assert plan_of(tmp_path, "model=examples/rl/model/qwen2.5vl_7b.json").reward.verifiers == ("geo3k",)
+
+
+BROKEN_RULES = [
+    (["megatron_training.train_iters=null"], "megatron_training.train_iters is missing"),
+    (["megatron_training.stage=ray_ppo"], "stage: ray_ppo isn't offered"),
+    (["rl_config.adv_estimator=gae"], "gae needs stage ray_ppo"),
+    (["generate_config.max_model_len=2559"], r"max_model_len \(2559\) must be >= .*\(512\) \+ .*\(2048\) = 2560"),
+    (["rl_config.n_samples_per_prompt=1"], r"n_samples_per_prompt \(1\) must be >= 2"),
+    (["rl_config.mini_batch_size=65"], r"\(65 prompts\) must be <= megatron_training.global_batch_size \(64"),
+    (["generate_config.dtype=float32"], r"dtype \(float32\) must be bfloat16, as bf16 is true"),
+    (["actor_config.min_lr=1"], r"min_lr \(1.0\) must be <= actor_config.lr \(1e-06\)"),
+    (["megatron_training.min_pixels=99999999"], "must be <= megatron_training.max_pixels"),
+    (["rl_config.verifier_function=[acc,format]", "rl_config.verifier_weight=[1.0]"], "give one weight each"),
+    (["rl_config.verifier_function=[]"], "verifier_function is empty"),
+    (["rl_config.overlong_buffer_enable=true", "rl_config.rollout_max_tokens=9"], r"rollout_max_tokens \(9\) must equal .*\(2048\)"),
+    (["rl_config.overlong_buffer_enable=true"], r"overlong_buffer \(0\) must be > 0"),
+    (["rl_config.clip_higher_enable=true", "rl_config.clip_ratio_low=0.3"], r"clip_ratio_low \(0.3\) must be <= rl_config.clip_ratio_high"),
+    (["actor_config.tensor_model_parallel_size=2"], r"num_npus \(1\) must be a multiple of .*2 x 1 x 1 = 2"),
+    (["actor_config.sequence_parallel=true"], "needs tensor_model_parallel_size > 1"),
+    (["rl_config.runtime_env_path=nowhere.yaml"], "rl_config.runtime_env_path: nowhere.yaml doesn't exist"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BROKEN_RULES)
+def test_a_broken_rule_names_keys_and_values(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(tmp_path, *overrides)
+
+
+def hf_folder(folder: Path, **changes) -> Path:
+    """config.json of Qwen2.5-VL-7B as transformers 4 wrote it."""
+    vision = {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+    }  # fmt: skip
+    config = {
+        "model_type": "qwen2_5_vl", "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 1000000.0, "rms_norm_eps": 1e-06, "image_token_id": 151655,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vision_config": vision,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_the_shipped_model_file_agrees_with_config_json(tmp_path):
+    plan = make_plan(load_config(DAPO_7B, [f"megatron_training.tokenizer_name_or_path={hf_folder(tmp_path / 'hf')}"]))
+    assert plan.rollout.image_embeds and plan.train.freeze_vision and plan.train.freeze_projector
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 36}, "text_decoder.num_layers is 28, but num_hidden_layers in .* is 36; config.json decides"),
+        ({"rope_scaling": {"mrope_section": [8, 12, 12]}}, r"mrope_section is \[16, 24, 24\], but .* is \[8, 12, 12\]"),
+        ({"text_config": {"hidden_size": 2048}}, "text_decoder.hidden_size is 3584, but hidden_size in .* is 2048"),
+        ({"image_token_id": 5}, "model.image_token_id is 151655, but image_token_id in .* is 5"),
+    ],
+)
+def test_a_model_file_of_another_model_is_an_error_with_both_values(tmp_path, changes, message):
+    folder = hf_folder(tmp_path / "hf", **changes)
+    with pytest.raises(ValueError, match=message):
+        make_plan(load_config(DAPO_7B, [f"megatron_training.tokenizer_name_or_path={folder}"]))
+
+
+def test_a_pipeline_split_of_another_depth_is_an_error(tmp_path):
+    model = json.loads((CONFIGS.parent / "model/qwen2.5vl_7b.json").read_text())
+    model["text_decoder"]["pipeline_num_layers"] = [12, 12]
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    with pytest.raises(ValueError, match=r"pipeline_num_layers \[12, 12\] sums to 24, but .* has 28 layers"):
+        make_plan(load_config(DAPO_7B, [f"megatron_training.tokenizer_name_or_path={hf_folder(tmp_path / 'hf')}", f"model={tmp_path}/model.json"]))
+
+
+def test_a_trainable_encoder_is_sent_pixels(tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps({"image_encoder": {"vision_encoder": {"freeze": False}}}))
+    plan = plan_of(tmp_path, f"model={tmp_path}/model.json")
+    assert not plan.train.freeze_vision and plan.train.freeze_projector and not plan.rollout.image_embeds

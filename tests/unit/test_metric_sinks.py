@@ -1,0 +1,76 @@
+import json
+import math
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mindspeed_mm_rl.report import render_table, report_columns, write_report
+from mindspeed_mm_rl.sinks import JsonlSink, console_line, open_metric_log, read_records
+
+
+def write(path, steps, resume_from=0):
+    sink = JsonlSink(path, resume_from)
+    for step in steps:
+        sink.write(step, {"dapo/score/mean": step / 10})
+    sink.close()
+
+
+def test_a_resumed_run_continues_the_file_after_its_iteration(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3, 4])
+    write(path, [3], resume_from=2)
+    assert [record["iteration"] for record in read_records(path)] == [1, 2, 3]
+
+
+def test_a_new_run_moves_the_old_file_aside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for run in (1, 2, 3):
+        write(path, [run])
+    assert [read_records(tmp_path / name)[0]["iteration"] for name in ("metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2])
+    path.write_text(path.read_text() + '{"iteration": 3, "dapo/sc')
+    write(path, [3], resume_from=2)
+    assert [record["iteration"] for record in read_records(path)] == [1, 2, 3]
+
+
+def test_nan_is_null(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(1, {"actor/kl_loss": math.nan, "actor/entropy": 1.5})
+    sink.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"iteration": 1, "actor/kl_loss": None, "actor/entropy": 1.5}
+
+
+def test_console_line_has_the_known_form():
+    line = console_line(3, 80, {"dapo/score/mean": 0.25, "actor/lr": 2.5e-4, "timing/all": 7.5, "timing/adv": 0.1})
+    assert line.split("] ", 1)[1] == "iteration: 3 / 80 | dapo/score/mean : 0.2500 | actor/lr : 2.5000e-04 | timing/all : 7.5000"
+
+
+def test_every_sink_gets_every_iteration(tmp_path):
+    lines: list[str] = []
+    log = open_metric_log(tmp_path, 2, 0, use_tensorboard=True, print_line=lines.append)
+    for step in (1, 2):
+        log.record(step, {"dapo/score/mean": step / 10})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, round(event.value, 6)) for event in events.Scalars("train/dapo/score/mean")] == [(1, 0.1), (2, 0.2)]
+    assert len(lines) == 2
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_the_table_has_first_and_last_and_at_most_a_dozen_rows():
+    records = [{"iteration": step, "dapo/score/mean": step / 100} for step in range(1, 81)]
+    rows = render_table(records, report_columns("dapo")).splitlines()
+    assert rows[1].split()[:2] == ["1", "0.01"]
+    assert rows[-1].split()[:3] == ["80", "0.8", "-"]
+    assert len(rows) <= 13
+
+
+def test_the_report_writes_table_and_picture(tmp_path):
+    write(tmp_path / "metrics.jsonl", range(1, 6))
+    table = write_report(tmp_path, "dapo")
+    assert (tmp_path / "table.txt").read_text() == table + "\n"
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
