@@ -37,20 +37,6 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def megatron() -> None:
-    """A trainer world of this one process; once per session, since its groups can't be built twice."""
-    from mindspeed_mm_rl.platforms import device
-
-    device.adapt_megatron()
-    from mindspeed_mm_rl.engines.megatron import process_groups
-    from mindspeed_mm_rl.workers.placement import free_address
-    from tests.plans import train_plan
-
-    device.set_threads(1)
-    process_groups.initialize(train_plan(Path()), rank=0, world_size=1, address=free_address())
-
-
-@pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:
     """megatron-core adapted to this device, in a world of one process. It changes torch process-wide: no vLLM in the same process."""
     from mindspeed_mm_rl.platforms import device

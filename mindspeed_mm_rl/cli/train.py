@@ -8,15 +8,20 @@ from pathlib import Path
 from rich.console import Console
 
 from mindspeed_mm_rl.cli.plan_view import render_plan
-from mindspeed_mm_rl.cli.preflight import preflight
-from mindspeed_mm_rl.config.derive import make_plan
+from mindspeed_mm_rl.config.check import check
 from mindspeed_mm_rl.config.load import load_config
 
 
 def train_from(config: Path, overrides: Sequence[str], dry_run: bool) -> None:
     """Raises ValueError with one sentence for everything that is wrong with the user's input, before any process is started."""
+    checked = load_config(config, overrides)
+    check(checked)
+    # Below this line torch is imported: seconds that a typo in the YAML shouldn't cost.
+    from mindspeed_mm_rl.cli.preflight import preflight
+    from mindspeed_mm_rl.config.derive import make_plan
+
     console = Console()
-    plan = make_plan(load_config(config, overrides))
+    plan = make_plan(checked)
     console.print(render_plan(plan), highlight=False, soft_wrap=True, markup=False)
     for line in preflight(plan):
         console.print(line, highlight=False, soft_wrap=True, markup=False)

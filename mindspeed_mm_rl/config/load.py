@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -157,9 +157,8 @@ def _refuse(key: str, value: Any, rule: known_keys.NotOffered) -> None:
         raise ValueError(f"{key}: {value} isn't offered in this version; {rule.instead}")
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known)[:8])}, ..."
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return f"; did you mean {difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]}?"
 
 
 def _validate(model: type[BaseModel], name: str, values: dict[str, Any]) -> Any:

@@ -86,7 +86,8 @@ class HostBuffer:
                 raise ValueError(f"weight buffer: {name} was not announced when the buffer was made")
             if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.torch_dtype:
                 raise ValueError(
-                    f"weight buffer: {name} was announced as {slot.dtype} {slot.shape} but is written as {tensor.dtype} {tuple(tensor.shape)}"
+                    f"weight buffer: {name} was announced as {slot.dtype} {slot.shape} but is written as "
+                    f"{tensor.dtype} {tuple(tensor.shape)}"
                 )
             _view(self._bytes, slot).copy_(tensor.detach())
             missing.discard(name)

@@ -167,7 +167,9 @@ def _pictures(trainer: Trainer, engine: str) -> Images:
 
 
 @pytest.mark.parametrize("engine", [PIXELS, EMBEDS])
-def test_logprobs_equal_hugging_face_at_the_start_and_after_each_of_three_pushes(process: RolloutProcess, trainer: Trainer, engine: str) -> None:
+def test_logprobs_equal_hugging_face_at_the_start_and_after_each_of_three_pushes(
+    process: RolloutProcess, trainer: Trainer, engine: str
+) -> None:
     requests = trainer.requests()
     tensors = trainer.tensors(vision=engine == PIXELS)
     buffer = HostBuffer((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
@@ -283,15 +285,30 @@ def test_bad_requests_are_named(process: RolloutProcess, trainer: Trainer) -> No
 
 
 @pytest.mark.parametrize("engine", [PIXELS, EMBEDS])
-def test_weights_that_are_missing_are_refused(process: RolloutProcess, trainer: Trainer, engine: str) -> None:
+def test_an_incomplete_push_is_refused_and_leaves_the_engine_as_it_was(process: RolloutProcess, trainer: Trainer, engine: str) -> None:
     tensors = trainer.tensors(vision=engine == PIXELS)
-    for absent, message in {
-        "layers.0.self_attn.k_proj.weight": "layer language_model.model.layers.0.self_attn.qkv_proj",
-        "layers.1.input_layernorm.weight": "1 tensors of the rollout model were not sent",
-        "lm_head.weight": "1 tensors of the rollout model were not sent",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            process.receive(engine, _handle([(name, tensor) for name, tensor in tensors if not name.endswith(absent)]), 5)
-    process.receive(engine, _handle(tensors), 6)
+    process.receive(engine, _handle(tensors), 5)
+    for absent in ("layers.0.self_attn.k_proj.weight", "layers.1.input_layernorm.weight", "lm_head.weight"):
+        others = [(name, torch.zeros_like(tensor)) for name, tensor in tensors if not name.endswith(absent)]
+        with pytest.raises(ValueError, match=f"1 tensors of the rollout model are missing, such as \\['.*{absent}'\\]"):
+            process.receive(engine, _handle(others), 6)
+    with pytest.raises(ValueError, match="the rollout model has no model.layers.9.mlp.weight"):
+        process.receive(engine, _handle([*tensors, ("model.layers.9.mlp.weight", torch.zeros(2))]), 6)
+    turned = [(name, tensor.T.contiguous() if name.endswith("lm_head.weight") else tensor) for name, tensor in tensors]
+    with pytest.raises(
+        ValueError, match="lm_head.weight has shape \\(128, 512\\) but the rollout model's config.json asks for \\(512, 128\\)"
+    ):
+        process.receive(engine, _handle(turned), 6)
     requests = trainer.requests()
-    assert trainer.gap(requests, process.generate(engine, requests, _pictures(trainer, engine), 1)) < 1e-4
+    groups = process.generate(engine, requests, _pictures(trainer, engine), 1)
+    assert trainer.gap(requests, groups) < 1e-4
+    assert groups[0].rollouts[0].policy_version == 5
+
+
+def test_generating_before_the_first_push_is_refused(process: RolloutProcess, trainer: Trainer) -> None:
+    process.build("fresh", _plan(trainer.folder), seed=7)
+    with pytest.raises(ValueError, match="no weights have been received yet"):
+        process.generate("fresh", trainer.requests(), trainer.pixels(), 1)
+    with pytest.raises(ValueError, match="tensors of the rollout model are missing, such as \\['visual"):
+        process.receive("fresh", _handle(trainer.tensors(vision=False)), 0)
+    process.close("fresh")

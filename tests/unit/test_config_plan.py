@@ -194,7 +194,8 @@ def test_a_pipeline_split_of_another_depth_is_an_error(tmp_path):
     model["text_decoder"]["pipeline_num_layers"] = [12, 12]
     (tmp_path / "model.json").write_text(json.dumps(model))
     with pytest.raises(ValueError, match=r"pipeline_num_layers \[12, 12\] sums to 24, but .* has 28 layers"):
-        make_plan(load_config(DAPO_7B, [f"megatron_training.tokenizer_name_or_path={hf_folder(tmp_path / 'hf')}", f"model={tmp_path}/model.json"]))
+        hf_path = f"megatron_training.tokenizer_name_or_path={hf_folder(tmp_path / 'hf')}"
+        make_plan(load_config(DAPO_7B, [hf_path, f"model={tmp_path}/model.json"]))
 
 
 def test_a_trainable_encoder_is_sent_pixels(tmp_path):

@@ -26,7 +26,7 @@ MakeEngine = Callable[..., "object"]
 
 
 @pytest.fixture(scope="module")
-def make_engine(tiny_vl: Path, megatron: None) -> Iterator[MakeEngine]:
+def make_engine(tiny_vl: Path, one_rank: None) -> Iterator[MakeEngine]:
     from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
 
     def make(entropy_bonus: bool = False, with_reference: bool = False, **changes: object) -> MegatronTrainEngine:

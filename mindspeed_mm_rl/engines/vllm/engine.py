@@ -19,8 +19,10 @@ from vllm.sampling_params import RequestOutputKind
 
 from mindspeed_mm_rl.config.plan import RolloutPlan
 from mindspeed_mm_rl.engines.vllm import weights
+from mindspeed_mm_rl.engines.vllm.completeness import check_complete, holds_vision
 from mindspeed_mm_rl.engines.vllm.model_class import import_model_class
 from mindspeed_mm_rl.models.families import read_architecture
+from mindspeed_mm_rl.models.names import PARTS
 from mindspeed_mm_rl.types import BAN_BIAS, ImageFeatures, ImageInput, Images, Rollout, RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.weights.host import WeightHandle
 
@@ -34,7 +36,9 @@ class VllmRolloutEngine:
     def __init__(self, plan: RolloutPlan, seed: int) -> None:
         """seed: of the run; the noise of a sample depends on it and on its sample id alone."""
         if plan.tensor_parallel_size != 1:
-            raise ValueError(f"rollout: tensor_parallel_size must be 1 here, got {plan.tensor_parallel_size}; use more rollout workers instead")
+            raise ValueError(
+                f"rollout: tensor_parallel_size must be 1 here, got {plan.tensor_parallel_size}; use more rollout workers instead"
+            )
         self._plan = plan
         self._seed = seed
         self._version: int | None = None
@@ -47,8 +51,16 @@ class VllmRolloutEngine:
         weights.open_receiver(self._llm)
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
-        """Copies the weights and drops every cache that the old ones filled; raises ValueError when tensors are missing."""
-        weights.receive(self._idle(), handle, policy_version)
+        """Copies the weights and drops every cache that the old ones filled.
+
+        A frozen vision tower may stay out of every push but the first; with image_embeds the engine has none and ignores it.
+        Raises ValueError, with the engine as it was, when tensors are missing, unknown or of another shape.
+        """
+        llm = self._idle()
+        has_tower = self._architecture.vision is not None and not self._plan.image_embeds
+        needs_tower = has_tower and (self._version is None or holds_vision(handle))
+        check_complete(handle, self._architecture.raw, PARTS if needs_tower else ("text",))
+        weights.receive(llm, handle, policy_version)
         self._version = policy_version
 
     def generate(self, requests: list[RolloutRequest], images: Images, num_samples: int) -> Iterator[RolloutGroup]:
@@ -141,7 +153,8 @@ class VllmRolloutEngine:
             )
         if len(request.image_keys) > plan.max_images_per_prompt:
             raise ValueError(
-                f"prompt {request.prompt_id}: it has {len(request.image_keys)} pictures but max_images_per_prompt is {plan.max_images_per_prompt}"
+                f"prompt {request.prompt_id}: it has {len(request.image_keys)} pictures but max_images_per_prompt is "
+                f"{plan.max_images_per_prompt}"
             )
 
     def _picture_inputs(self, request: RolloutRequest, images: Images) -> dict[str, Any]:
@@ -151,7 +164,9 @@ class VllmRolloutEngine:
         pictures = [images[key] for key in request.image_keys]
         expected = ImageFeatures if self._plan.image_embeds else ImageInput
         if not all(isinstance(picture, expected) for picture in pictures):
-            raise ValueError(f"prompt {request.prompt_id}: image_embeds is {self._plan.image_embeds}, so pictures must come as {expected.__name__}")
+            raise ValueError(
+                f"prompt {request.prompt_id}: image_embeds is {self._plan.image_embeds}, so pictures must come as {expected.__name__}"
+            )
         if self._plan.image_embeds:
             value: Any = {
                 "image_embeds": torch.cat([picture.embeddings for picture in pictures]),
@@ -176,41 +191,46 @@ def _rollout(output: RequestOutput, policy_version: int) -> Rollout:
 
 
 def _engine_arguments(plan: RolloutPlan, seed: int, has_vision: bool) -> dict[str, Any]:
-    arguments: dict[str, Any] = dict(
-        model=plan.hf_path,
-        dtype=plan.dtype,
-        seed=seed,
+    arguments: dict[str, Any] = {
+        "model": plan.hf_path,
+        "dtype": plan.dtype,
+        "seed": seed,
         # Weights come from the trainer alone, the first ones too.
-        load_format=weights.LOAD_FORMAT,
-        weight_transfer_config=weights.weight_transfer_config(),
-        max_model_len=plan.max_model_len,
-        max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens,
-        gpu_memory_utilization=plan.gpu_memory_utilization,
-        enforce_eager=plan.enforce_eager,
-        enable_prefix_caching=plan.enable_prefix_caching,
-        trust_remote_code=plan.trust_remote_code,
+        "load_format": weights.LOAD_FORMAT,
+        "weight_transfer_config": weights.weight_transfer_config(),
+        "max_model_len": plan.max_model_len,
+        "max_num_seqs": plan.max_num_seqs,
+        "max_num_batched_tokens": plan.max_num_batched_tokens,
+        "gpu_memory_utilization": plan.gpu_memory_utilization,
+        "enforce_eager": plan.enforce_eager,
+        "enable_prefix_caching": plan.enable_prefix_caching,
+        "trust_remote_code": plan.trust_remote_code,
         # After bans and temperature, as the trainer computes them.
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
-    )
-    if current_platform.is_cpu():
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    return arguments | (_cpu_arguments(plan) if current_platform.is_cpu() else {}) | (_picture_arguments(plan) if has_vision else {})
+
+
+def _cpu_arguments(plan: RolloutPlan) -> dict[str, Any]:
+    return {
         # A prefill that is split over two steps asks the CPU generator of a seeded request for an offset, which it doesn't have.
-        arguments |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(plan.max_num_batched_tokens, plan.max_model_len))
-        arguments |= dict(kv_cache_memory_bytes=plan.kv_cache_bytes)
-    if has_vision:
-        arguments |= _picture_arguments(plan)
-    return arguments
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(plan.max_num_batched_tokens, plan.max_model_len),
+        "kv_cache_memory_bytes": plan.kv_cache_bytes,
+    }
 
 
 def _picture_arguments(plan: RolloutPlan) -> dict[str, Any]:
     # A prompt is rendered once per iteration, so a cache of rendered pictures would only hold memory.
-    arguments: dict[str, Any] = dict(mm_processor_cache_gb=0)
+    arguments: dict[str, Any] = {"mm_processor_cache_gb": 0}
     if plan.image_embeds:
         # No picture is ever given as pixels: vLLM then leaves the vision tower out.
-        return arguments | dict(enable_mm_embeds=True, limit_mm_per_prompt={"image": 0, "video": 0})
-    sizes = dict(size={"shortest_edge": plan.min_pixels, "longest_edge": plan.max_pixels})
-    return arguments | dict(limit_mm_per_prompt={"image": plan.max_images_per_prompt, "video": 0}, mm_processor_kwargs=sizes)
+        return arguments | {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+    return arguments | {
+        "limit_mm_per_prompt": {"image": plan.max_images_per_prompt, "video": 0},
+        "mm_processor_kwargs": {"size": {"shortest_edge": plan.min_pixels, "longest_edge": plan.max_pixels}},
+    }
 
 
 def _sample_seed(run_seed: int, sample_id: int) -> int:

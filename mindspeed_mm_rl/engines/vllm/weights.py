@@ -1,4 +1,6 @@
-"""New weights into a running vLLM engine, by its weight-update API with a backend of our own. The only file that touches vLLM's private parts.
+"""New weights into a running vLLM engine by its weight-update API, with a backend of our own.
+
+The only file that touches vLLM's private parts.
 
     start_weight_update -> update_weights (maps the trainer's memory, loads from it) -> finish_weight_update -> caches reset
 """
@@ -13,10 +15,9 @@ from vllm import LLM
 from vllm.config import ModelConfig, WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
 from mindspeed_mm_rl.weights.host import WeightHandle, read_views
 
@@ -53,13 +54,13 @@ class _HostUpdate(WeightTransferUpdateInfo):
 
 
 class HostWeightEngine(WeightTransferEngine[_HostInit, _HostUpdate]):
-    """Loads a HostBuffer; refuses an update that leaves a part of the model as it was (the vision tower, once loaded, may stay out)."""
+    """Loads what a HostBuffer holds; layers that it doesn't hold keep their weights."""
 
     init_info_cls = _HostInit
     update_info_cls = _HostUpdate
 
     def init_transfer_engine(self, init_info: _HostInit) -> None:
-        self._loaded_before: set[str] = set()
+        pass
 
     def start_weight_update(self) -> None:
         for module in self.model.modules():
@@ -70,31 +71,12 @@ class HostWeightEngine(WeightTransferEngine[_HostInit, _HostUpdate]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: _HostUpdate) -> None:
-        expected = {name for name, _ in self.model.named_parameters()}
-        loaded = set(self.model.load_weights(self._wanted(update_info.handle, expected)))
-        missing = {name for name in expected - loaded if not (name in self._loaded_before and name.startswith(_VISION_PREFIXES))}
-        if missing:
-            raise ValueError(f"weight update: {len(missing)} tensors of the rollout model were not sent, such as {sorted(missing)[:3]}")
-        self._refuse_half_loaded_layers()
-        self._loaded_before |= loaded
+        self.model.load_weights(self._wanted(update_info.handle))
 
-    @staticmethod
-    def _wanted(handle: WeightHandle, expected: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _wanted(self, handle: WeightHandle) -> Iterator[tuple[str, torch.Tensor]]:
         """Without the vision tower where the engine was built without one."""
-        has_vision = any(name.startswith(_VISION_PREFIXES) for name in expected)
+        has_vision = any(name.startswith(_VISION_PREFIXES) for name, _ in self.model.named_parameters())
         return (view for view in read_views(handle) if has_vision or not view[0].startswith(_VISION_PREFIXES))
-
-    def _refuse_half_loaded_layers(self) -> None:
-        """A fused layer (q, k, v or gate, up) that got only some of its parts would keep uninitialised memory for the others."""
-        for name, layer in self.model.named_modules():
-            progress = get_layerwise_info(layer)
-            # A padded vocabulary is never filled.
-            if isinstance(layer, VocabParallelEmbedding) or not progress.can_load():
-                continue
-            if 0 < progress.load_numel < progress.load_numel_total:
-                raise ValueError(
-                    f"weight update: layer {name} of the rollout model needs {progress.load_numel_total} values but {progress.load_numel} were sent"
-                )
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -116,10 +98,7 @@ def open_receiver(llm: LLM) -> None:
 
 
 def receive(llm: LLM, handle: WeightHandle, policy_version: int) -> None:
-    """Copies the weights into the engine's own (packed) memory and drops what the old ones computed.
-
-    Raises ValueError when tensors are missing. Nothing of the shared memory is kept.
-    """
+    """Copies the weights into the engine's own (packed) memory, keeping nothing of the shared one, and drops what the old ones computed."""
     llm.start_weight_update()
     llm.update_weights({"update_info": {"handle": handle}})
     llm.finish_weight_update(weight_version=str(policy_version))
