@@ -24,7 +24,7 @@ class Sink(Protocol):
 
 
 class ConsoleSink:
-    """`[time] iteration: i / N | key : value | ...`; learning rates in scientific notation."""
+    """`[time] iteration: i / N | key : value | ...`; learning rates and log-prob gaps in scientific notation."""
 
     def __init__(self, train_iters: int, print_line: Callable[[str], None] = print) -> None:
         self.train_iters = train_iters
@@ -39,7 +39,7 @@ class ConsoleSink:
 
 def console_line(step: int, train_iters: int, values: Mapping[str, float]) -> str:
     shown = [name for ending in _CONSOLE_ENDINGS for name in values if name == ending or name.endswith(f"/{ending}")]
-    fields = [f"{name} : {values[name]:{'.4e' if name.endswith('lr') else '.4f'}}" for name in shown]
+    fields = [f"{name} : {values[name]:{'.4e' if name.endswith('lr') or 'gap' in name else '.4f'}}" for name in shown]
     return " | ".join([f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration: {step} / {train_iters}", *fields])
 
 

@@ -161,3 +161,34 @@ def test_the_command_itself_prints_one_line_and_exits_with_2(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr == "error: unknown key rl_config.mini_batchsize; did you mean mini_batch_size?\n"
+
+
+SCRIPTS = Path(__file__).parents[2] / "examples/rl/scripts"
+
+
+def launch(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    python = str(Path(sys.executable).parent)
+    environment = {"PATH": f"{python}:/usr/bin:/bin", "HOME": "/nonexistent", "VIRTUAL_ENV": sys.prefix} | variables
+    return subprocess.run(["bash", str(SCRIPTS / script), *arguments], capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*_trainer_*.sh")))
+def test_a_launch_script_hands_on_its_arguments_and_the_exit_code(script):
+    result = launch(script, "rl_config.mini_batchsize=3")
+    assert result.returncode == 2
+    assert result.stderr.endswith("error: unknown key rl_config.mini_batchsize; did you mean mini_batch_size?\n")
+
+
+def test_a_launch_script_takes_another_config(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("rl_confg: {}\n")
+    for result in (launch("dapo_trainer_qwen25vl_tiny.sh", str(path)), launch("dapo_trainer_qwen25vl_tiny.sh", DEFAULT_YAML=str(path))):
+        assert (result.returncode, "unknown section rl_confg" in result.stderr) == (2, True)
+    missing = launch("dapo_trainer_qwen25vl_tiny.sh", "dapo_trainer_qwen25vl_tny")
+    assert (missing.returncode, "did you mean" in missing.stderr) == (2, True)
+
+
+def test_several_machines_need_an_address():
+    result = launch("dapo_trainer_qwen25vl_7b.sh", NNODES="2")
+    assert result.returncode == 2
+    assert "MASTER_ADDR is localhost, but NNODES is 2" in result.stderr

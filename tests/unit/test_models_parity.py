@@ -237,3 +237,10 @@ def test_weights_that_do_not_fit_are_named(one_rank, tiny_text):
         policy.load_weights(broken(weights, lambda w: w.update(extra=w[norm])))
     with pytest.raises(ValueError, match="wants shape \\(128,\\), the weights have \\(127,\\)"):
         policy.load_weights(broken(weights, lambda w: w.update({norm: w[norm][1:]})))
+
+
+def test_sharded_names_are_the_names_of_the_checkpoint_layout(policy):
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    entries = [entry for entry in policy.sharded_state_dict().values() if not isinstance(entry, ShardedObject)]
+    assert {entry.key for entry in entries} == policy.weights().keys()

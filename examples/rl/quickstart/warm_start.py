@@ -1,10 +1,12 @@
-"""Short supervised training on worked solutions, in plain transformers: teaches the answer format and to read a quarter of the pictures.
+"""Short supervised training on worked solutions, in plain transformers: what a real checkpoint brings along before reinforcement learning.
 
-It stops at a sampled accuracy, not at a number of steps: the curve is flat for a while, then steep, and the length of the flat part
-depends on the seed. What is left to learn is the reinforcement learner's.
+First sight: the whole model learns until it reads nearly all pictures, and then only its vision encoder and projector are kept. They stay
+frozen from here on, as the trainer leaves them. Then the start: a language model with fresh weights learns the answer format and begins to
+use what the encoder sees. It stops at an accuracy, not at a number of steps: the curve is flat for a while, then steep, and the length of
+the flat part depends on the seed. What is left to learn is the reinforcement learner's.
 
     python examples/rl/quickstart/warm_start.py --model quickstart/model/random --data quickstart/data/warm_start \\
-        --out quickstart/model/start
+        --out quickstart/model/warm
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,8 +31,6 @@ BATCH = 32
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 20
 MAX_NEW_TOKENS = 28
-# Sampling is dear next to a step, and hopeless before the format is learned.
-FIRST_LOOK, LOOK_EVERY = 100, 10
 ANSWER = re.compile(r"<think>.*</think> ?\\boxed\{(\d+)\}", re.DOTALL)
 NEVER_SAMPLED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -78,35 +79,57 @@ def solution_loss(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures,
 
 
 @torch.no_grad()
-def sampled_accuracy(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures) -> float:
+def accuracy(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures) -> float:
+    """Share of right greedy answers in the taught format."""
     index = torch.arange(len(pictures.answers))
     never = pictures.tokenizer.convert_tokens_to_ids(list(NEVER_SAMPLED))
-    tokens = model.generate(**pictures.inputs(index), do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS, suppress_tokens=never)
+    tokens = model.generate(**pictures.inputs(index), do_sample=False, max_new_tokens=MAX_NEW_TOKENS, suppress_tokens=never)
     texts = pictures.tokenizer.batch_decode(tokens[:, len(pictures.prompt) :], skip_special_tokens=True)
     found = [ANSWER.fullmatch(text.strip()) for text in texts]
     right = [match is not None and int(match[1]) == answer for match, answer in zip(found, pictures.answers, strict=True)]
     return sum(right) / len(right)
 
 
-def train(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, held_out: Pictures, steps: int, stop: float) -> float:
-    """Returns the last sampled accuracy on the held-out pictures."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    accuracy = 0.0
-    bar = tqdm(range(1, steps + 1), desc="warm start", unit="step")
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS)
-        loss = solution_loss(model, pictures, torch.randint(len(pictures.answers), (BATCH,)))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step >= FIRST_LOOK and step % LOOK_EVERY == 0:
-            accuracy = sampled_accuracy(model, held_out)
-            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}", stop=f"{stop:.2f}")
-            if accuracy >= stop:
-                bar.close()
-                return accuracy
-    return accuracy
+@dataclass(frozen=True)
+class Stage:
+    """Example: Stage("sight", stop=0.9, steps=800, first_look=100, look_every=10)."""
+
+    title: str
+    stop: float
+    """Held-out accuracy that ends the stage."""
+    steps: int
+    """Giving up is an error after so many."""
+    first_look: int
+    """Answering is dear next to a step, and hopeless before the format is learned."""
+    look_every: int
+
+
+def train(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, held_out: Pictures, stage: Stage) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    seen = 0.0
+    with tqdm(range(1, stage.steps + 1), desc=f"{stage.title}, until {stage.stop:.2f} are right", unit="step") as bar:
+        for step in bar:
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS)
+            loss = solution_loss(model, pictures, torch.randint(len(pictures.answers), (BATCH,)))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            if step >= stage.first_look and step % stage.look_every == 0:
+                seen = accuracy(model, held_out)
+                bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{seen:.2f}")
+            if seen >= stage.stop:
+                return
+    raise SystemExit(f"{stage.title}: {seen:.2f} of the answers are right after {stage.steps} steps, not {stage.stop}: try another --seed")
+
+
+def with_frozen_sight(folder: Path, seeing: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForConditionalGeneration:
+    """The checkpoint's fresh language model behind the vision encoder and projector of `seeing`."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.model.visual.load_state_dict(seeing.model.visual.state_dict())
+    model.model.visual.requires_grad_(False)
+    return model
 
 
 def main() -> None:
@@ -114,17 +137,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint of tiny_model.py")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet of geo3k.py")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800, help="give up after so many")
-    parser.add_argument("--stop", type=float, default=0.25, help="sampled accuracy on the test pictures at which to stop")
+    parser.add_argument("--sight", type=float, default=0.9, help="accuracy at which the vision encoder is good enough")
+    parser.add_argument("--stop", type=float, default=0.35, help="accuracy at which to leave the rest to reinforcement learning")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
     pictures, held_out = (Pictures(args.model, read_questions(args.data / f"{split}.parquet")) for split in ("train", "test"))
-    accuracy = train(model, pictures, held_out, args.steps, args.stop)
-    print(f"warm start: sampled accuracy {accuracy:.2f} on {len(held_out.answers)} held-out pictures")
-    if accuracy < args.stop:
-        raise SystemExit(f"warm start: {accuracy:.2f} after {args.steps} steps, --stop is {args.stop}: take more --steps or a new --seed")
+    seeing = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
+    train(seeing, pictures, held_out, Stage("sight", args.sight, steps=800, first_look=150, look_every=10))
+    model = with_frozen_sight(args.model, seeing)
+    train(model, pictures, held_out, Stage("start", args.stop, steps=300, first_look=24, look_every=4))
     unfinished = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(args.model, unfinished, ignore=shutil.ignore_patterns("*.safetensors"))

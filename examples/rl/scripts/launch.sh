@@ -8,6 +8,8 @@
 #   SOCKET_IFNAME   network interface between the machines (chosen by the libraries)
 #   DEFAULT_YAML    name below examples/rl/configs, or a file
 #   WAIT_SECONDS    how long machines wait for each other (600)
+#   RAY_AUTH_MODE   token: machines that join hold the same token (`ray get-auth-token --generate` on one, then copy ~/.ray/auth_token);
+#                   disabled: anyone who reaches MASTER_ADDR can run code on the machines, so only on a network of your own
 
 set -euo pipefail
 
@@ -77,6 +79,7 @@ launch_on_several() {
         return 2
     fi
     CURRENT_IP="${CURRENT_IP:-$(own_address)}"
+    export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}" RAY_USAGE_STATS_ENABLED=0
     local resources='{}'
     if [[ -e /dev/davinci_manager ]]; then resources="{\"NPU\": $NPUS_PER_NODE}"; fi
     if [[ "$CURRENT_IP" == "$MASTER_ADDR" ]]; then
@@ -116,8 +119,9 @@ while time.monotonic() < deadline:
     try:
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         alive = sum(node["Alive"] for node in ray.nodes())
-    except ConnectionError:
-        alive = 0
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+        print(f"the head doesn't answer yet: {reason[:200]}", file=sys.stderr)
     if alive >= wanted:
         sys.exit(0)
     print(f"waiting for machines: {alive} of {wanted}", file=sys.stderr)
@@ -129,13 +133,19 @@ PYTHON
 # Lends this machine until the head is gone.
 join_head() {
     local deadline=$((SECONDS + WAIT_SECONDS))
-    until { exec 3<>"/dev/tcp/$MASTER_ADDR/$RAY_PORT"; } 2>/dev/null; do
+    until timeout 30 ray health-check --address "$MASTER_ADDR:$RAY_PORT" >/dev/null 2>&1; do
         if ((SECONDS >= deadline)); then
-            echo "error: nothing answers at $MASTER_ADDR:$RAY_PORT for $WAIT_SECONDS s; is the script running on MASTER_ADDR?" >&2
+            echo "error: no Ray head answers at $MASTER_ADDR:$RAY_PORT within WAIT_SECONDS=$WAIT_SECONDS; is the script running there," \
+                "and do both machines hold the same Ray token (RAY_AUTH_MODE=$RAY_AUTH_MODE)?" >&2
             return 2
         fi
         sleep 5
     done
-    exec 3>&-
-    ray start --address "$MASTER_ADDR:$RAY_PORT" --node-ip-address "$CURRENT_IP" --resources "$1" --block
+    local began=$SECONDS
+    # A joined machine ends with an error code when the head goes away, which is how every run ends; one that never joined ends at once.
+    if ! ray start --address "$MASTER_ADDR:$RAY_PORT" --node-ip-address "$CURRENT_IP" --resources "$1" --block && ((SECONDS - began < 20)); then
+        echo "error: this machine ($CURRENT_IP) could not join $MASTER_ADDR:$RAY_PORT; Ray's reason is above" >&2
+        return 1
+    fi
+    echo "the run at $MASTER_ADDR is over"
 }

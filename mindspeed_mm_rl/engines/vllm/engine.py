@@ -157,6 +157,18 @@ class VllmRolloutEngine:
                 f"{plan.max_images_per_prompt}"
             )
 
+    def _check_features(self, request: RolloutRequest, pictures: list[ImageFeatures]) -> None:
+        """vLLM cuts the rows by the grids and would silently leave rows over."""
+        merge_size = self._architecture.vision.merge_size
+        for key, picture in zip(request.image_keys, pictures, strict=True):
+            time, height, width = picture.grid_thw
+            tokens = time * height * width // merge_size**2
+            if picture.embeddings.shape[0] != tokens:
+                raise ValueError(
+                    f"prompt {request.prompt_id}: picture {key} has {picture.embeddings.shape[0]} embeddings but its grid "
+                    f"{picture.grid_thw} asks for {tokens}"
+                )
+
     def _picture_inputs(self, request: RolloutRequest, images: Images) -> dict[str, Any]:
         missing = [key for key in request.image_keys if key not in images]
         if missing:
@@ -168,6 +180,7 @@ class VllmRolloutEngine:
                 f"prompt {request.prompt_id}: image_embeds is {self._plan.image_embeds}, so pictures must come as {expected.__name__}"
             )
         if self._plan.image_embeds:
+            self._check_features(request, pictures)
             value: Any = {
                 "image_embeds": torch.cat([picture.embeddings for picture in pictures]),
                 "image_grid_thw": torch.tensor([picture.grid_thw for picture in pictures]),
