@@ -63,14 +63,24 @@ def write_rows(kind: str, hf_path: Path, path: Path) -> Path:
         Image.fromarray(rng.integers(0, 255, (84, 84, 3), dtype=np.uint8)).save(encoded, "PNG")
         images = [{"bytes": encoded.getvalue(), "path": None}] if kind == "vl" else []
         content = "<image>Find x." if kind == "vl" else question(tokenizer, number)
-        rows.append({"data_source": "benchmark", "prompt": [{"role": "user", "content": content}], "images": images,
-                     "reward_model": {"style": "rule", "ground_truth": "1"}, "extra_info": {"index": number, "answer": "1"}})  # fmt: skip
-    schema = pa.schema([
-        ("data_source", pa.string()), ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        ("extra_info", pa.struct([("index", pa.int64()), ("answer", pa.string())])),
-    ])  # fmt: skip
+        rows.append(
+            {
+                "data_source": "benchmark",
+                "prompt": [{"role": "user", "content": content}],
+                "images": images,
+                "reward_model": {"style": "rule", "ground_truth": "1"},
+                "extra_info": {"index": number, "answer": "1"},
+            }
+        )
+    schema = pa.schema(
+        [
+            ("data_source", pa.string()),
+            ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+            ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+            ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+            ("extra_info", pa.struct([("index", pa.int64()), ("answer", pa.string())])),
+        ]
+    )
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
     return path
 
@@ -80,14 +90,30 @@ def make_plan(kind: str, hf_path: Path, folder: Path, iterations: int, threads: 
     tokens = RESPONSE_TOKENS[kind]
     return replace(
         plan,
-        run=replace(plan.run, train_iters=iterations, prompts_per_generation=PROMPTS, samples_per_prompt=SAMPLES, mini_batch_prompts=PROMPTS,
-                    on_policy=True, save="", timeout_seconds=600.0),
+        run=replace(
+            plan.run,
+            train_iters=iterations,
+            prompts_per_generation=PROMPTS,
+            samples_per_prompt=SAMPLES,
+            mini_batch_prompts=PROMPTS,
+            on_policy=True,
+            save="",
+            timeout_seconds=600.0,
+        ),
         train=replace(plan.train, threads=threads, temperature=1.0, max_tokens_per_micro_batch=6144),
-        rollout=replace(plan.rollout, threads=threads, temperature=1.0, max_tokens=tokens, max_num_seqs=PROMPTS * SAMPLES,
-                        max_num_batched_tokens=8192, kv_cache_bytes=1 << 30, enable_prefix_caching=False),
+        rollout=replace(
+            plan.rollout,
+            threads=threads,
+            temperature=1.0,
+            max_tokens=tokens,
+            max_num_seqs=PROMPTS * SAMPLES,
+            max_num_batched_tokens=8192,
+            kv_cache_bytes=1 << 30,
+            enable_prefix_caching=False,
+        ),
         reward=replace(plan.reward, max_tokens=tokens, overlong_buffer=tokens - 1),
         recipe=replace(plan.recipe, train_prompts=PROMPTS),
-    )  # fmt: skip
+    )
 
 
 def transformers_update_seconds(hf_path: Path, tokens: int, repeats: int, threads: int) -> float:
@@ -126,11 +152,15 @@ def main() -> None:
     of = {key: median(record[key] for record in records) for key in records[0] if key != "iteration"}
     shares = [1 - (record["timing/rollout"] + record["timing/update"]) / record["timing/all"] for record in records]
     result |= {
-        "iteration_seconds": of["timing/all"], "tokens_per_second": of["e2e_tps"], "rollout_tokens_per_second": of["vllm_tps"],
+        "iteration_seconds": of["timing/all"],
+        "tokens_per_second": of["e2e_tps"],
+        "rollout_tokens_per_second": of["vllm_tps"],
         "generated_tokens_per_second": of["response_length/mean"] * PROMPTS * SAMPLES / of["timing/rollout"],
-        "update_tokens_per_second": of["update_tps"], "weight_push_seconds": of["timing/resharding_to_infer"], "share_of_neither": median(shares),
+        "update_tokens_per_second": of["update_tps"],
+        "weight_push_seconds": of["timing/resharding_to_infer"],
+        "share_of_neither": median(shares),
         "mean_tokens": of["response_length/mean"] + of["prompt_length/mean"],
-    }  # fmt: skip
+    }
     if arguments.model == "text":
         result["update_over_transformers"] = expected / of["timing/update"]
     print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))

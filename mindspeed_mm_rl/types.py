@@ -136,7 +136,17 @@ class Ragged:
         return Ragged.from_rows([rows[i] for i in index], self.values.dtype)
 
 
-_RAGGED_FIELDS = ("prompts", "responses", "loss_mask", "rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages", "values", "returns")
+_RAGGED_FIELDS = (
+    "prompts",
+    "responses",
+    "loss_mask",
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "advantages",
+    "values",
+    "returns",
+)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs the tests; installs what is missing first.
 #
-#   bash scripts/test.sh                     everything that CI runs: lint, unit, e2e
+#   bash scripts/test.sh                     everything that CI runs: lint, unit, parallel, e2e
 #   bash scripts/test.sh lint                ruff
 #   bash scripts/test.sh unit [pytest ...]   tests/unit: seconds
-#   bash scripts/test.sh e2e  [pytest ...]   tests/e2e: Ray and vLLM, minutes
+#   bash scripts/test.sh parallel [...]      tests/parallel: several processes over gloo
+#   bash scripts/test.sh e2e [...]           tests/e2e: Ray and vLLM, minutes
 #
 # Further arguments go to pytest: `bash scripts/test.sh unit -k convert --data ~/data`.
 set -euo pipefail
@@ -18,11 +19,12 @@ say() { echo "[test] $*"; }
 
 lint() { "$VENV/bin/ruff" check .; }
 unit() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/unit -q "$@"; }
+parallel() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/parallel -q "$@"; }
 e2e() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/e2e -q "$@"; }
 
 everything() {
     local verb failed=()
-    for verb in lint unit e2e; do
+    for verb in lint unit parallel e2e; do
         say "$verb"
         "$verb" || failed+=("$verb")
     done
@@ -37,9 +39,9 @@ main() {
     local verb="${1:-everything}"
     [ $# -eq 0 ] || shift
     case "$verb" in
-        everything | lint | unit | e2e) ;;
+        everything | lint | unit | parallel | e2e) ;;
         *)
-            echo "[test] error: unknown verb '$verb': say lint, unit or e2e, or nothing for all of them" >&2
+            echo "[test] error: unknown verb '$verb': say lint, unit, parallel or e2e, or nothing for all of them" >&2
             exit 2
             ;;
     esac

@@ -13,39 +13,97 @@ MIN_PIXELS, MAX_PIXELS = 28 * 28, 64 * 28 * 28
 
 def optimizer_plan(**changes: Any) -> OptimizerPlan:
     plan = OptimizerPlan(
-        lr=1e-3, min_lr=0.0, lr_decay_style="constant", warmup_updates=0, decay_updates=100, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.95,
-        adam_eps=1e-8, clip_grad=1.0, use_distributed_optimizer=False,
-    )  # fmt: skip
+        lr=1e-3,
+        min_lr=0.0,
+        lr_decay_style="constant",
+        warmup_updates=0,
+        decay_updates=100,
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_eps=1e-8,
+        clip_grad=1.0,
+        use_distributed_optimizer=False,
+    )
     return replace(plan, **changes)
 
 
 def train_plan(folder: Path, **changes: Any) -> TrainPlan:
     plan = TrainPlan(
-        hf_path=str(folder), load=str(folder), reference_load=str(folder), dtype="float32", seed=7, freeze_vision=True, freeze_projector=True,
-        tensor_parallel_size=1, pipeline_parallel_size=1, context_parallel_size=1, expert_parallel_size=1, sequence_parallel=False,
-        max_tokens_per_micro_batch=4096, max_samples_per_micro_batch=0, temperature=0.7, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS,
-        recompute=False, deterministic=True, optimizer=optimizer_plan(), no_load_optim=False, no_load_rng=False, finetune=False,
-        timeout_seconds=120.0, threads=1, logprob_gap_bound=0.0,
-    )  # fmt: skip
+        hf_path=str(folder),
+        load=str(folder),
+        reference_load=str(folder),
+        dtype="float32",
+        seed=7,
+        freeze_vision=True,
+        freeze_projector=True,
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        context_parallel_size=1,
+        expert_parallel_size=1,
+        sequence_parallel=False,
+        max_tokens_per_micro_batch=4096,
+        max_samples_per_micro_batch=0,
+        temperature=0.7,
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+        recompute=False,
+        deterministic=True,
+        optimizer=optimizer_plan(),
+        no_load_optim=False,
+        no_load_rng=False,
+        finetune=False,
+        timeout_seconds=120.0,
+        threads=1,
+        logprob_gap_bound=0.0,
+    )
     return replace(plan, **changes)
 
 
 def rollout_plan(folder: Path, **changes: Any) -> RolloutPlan:
     plan = RolloutPlan(
-        hf_path=str(folder), dtype="float32", seed=7, temperature=0.7, max_tokens=24, max_model_len=256, max_num_seqs=64,
-        max_num_batched_tokens=2048, gpu_memory_utilization=0.5, kv_cache_bytes=64 << 20, enforce_eager=True, enable_prefix_caching=True,
-        max_images_per_prompt=3, image_embeds=True, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, tensor_parallel_size=1, trust_remote_code=False,
-        threads=1, timeout_seconds=120.0,
-    )  # fmt: skip
+        hf_path=str(folder),
+        dtype="float32",
+        seed=7,
+        temperature=0.7,
+        max_tokens=24,
+        max_model_len=256,
+        max_num_seqs=64,
+        max_num_batched_tokens=2048,
+        gpu_memory_utilization=0.5,
+        kv_cache_bytes=64 << 20,
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        max_images_per_prompt=3,
+        image_embeds=True,
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+        tensor_parallel_size=1,
+        trust_remote_code=False,
+        threads=1,
+        timeout_seconds=120.0,
+    )
     return replace(plan, **changes)
 
 
 def recipe_plan(**changes: Any) -> RecipePlan:
     plan = RecipePlan(
-        algorithm="dapo", clip_ratio_low=0.2, clip_ratio_high=0.28, token_level_loss=True, kl_penalty="low_var_kl", kl_coef=0.0, kl_ctrl_type="fixed",
-        kl_target=0.1, kl_horizon=1000.0, entropy_coeff=0.0, rollout_is_cap=0.0, filter_groups=False, filter_metric="score", filter_max_batches=4,
+        algorithm="dapo",
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.28,
+        token_level_loss=True,
+        kl_penalty="low_var_kl",
+        kl_coef=0.0,
+        kl_ctrl_type="fixed",
+        kl_target=0.1,
+        kl_horizon=1000.0,
+        entropy_coeff=0.0,
+        rollout_is_cap=0.0,
+        filter_groups=False,
+        filter_metric="score",
+        filter_max_batches=4,
         train_prompts=4,
-    )  # fmt: skip
+    )
     return replace(plan, **changes)
 
 
@@ -58,23 +116,57 @@ def reward_plan(**changes: Any) -> RewardPlan:
 
 def data_plan(folder: Path, train_path: Path, **changes: Any) -> DataPlan:
     plan = DataPlan(
-        train_path=str(train_path), hf_path=str(folder), seed=7, shuffle=True, max_prompt_length=200, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS,
-        max_images_per_prompt=3, num_workers=1, skip_bad_rows=False, prompt_key="prompt", image_key="images", trust_remote_code=False,
-    )  # fmt: skip
+        train_path=str(train_path),
+        hf_path=str(folder),
+        seed=7,
+        shuffle=True,
+        max_prompt_length=200,
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+        max_images_per_prompt=3,
+        num_workers=1,
+        skip_bad_rows=False,
+        prompt_key="prompt",
+        image_key="images",
+        trust_remote_code=False,
+    )
     return replace(plan, **changes)
 
 
 def run_plan(output: Path, **changes: Any) -> RunPlan:
     plan = RunPlan(
-        train_iters=2, prompts_per_generation=4, samples_per_prompt=4, mini_batch_prompts=2, epochs=1, shuffle_mini_batch=False, on_policy=False,
-        save=str(output / "save"), save_interval=100, keep_last=0, output=str(output / "logs"), num_devices=1, num_nodes=1, device="cpu",
-        timeout_seconds=120.0, use_tensorboard=True, use_wandb=False, use_swanlab=False, log_max_throughput=False, seed=7,
-    )  # fmt: skip
+        train_iters=2,
+        prompts_per_generation=4,
+        samples_per_prompt=4,
+        mini_batch_prompts=2,
+        epochs=1,
+        shuffle_mini_batch=False,
+        on_policy=False,
+        save=str(output / "save"),
+        save_interval=100,
+        keep_last=0,
+        output=str(output / "logs"),
+        num_devices=1,
+        num_nodes=1,
+        device="cpu",
+        timeout_seconds=120.0,
+        use_tensorboard=True,
+        use_wandb=False,
+        use_swanlab=False,
+        log_max_throughput=False,
+        seed=7,
+    )
     return replace(plan, **changes)
 
 
 def whole_plan(folder: Path, train_path: Path, output: Path) -> Plan:
     return Plan(
-        run=run_plan(output), train=train_plan(folder), rollout=rollout_plan(folder), data=data_plan(folder, train_path), reward=reward_plan(),
-        recipe=recipe_plan(), runtime_env=(), notes=(),
-    )  # fmt: skip
+        run=run_plan(output),
+        train=train_plan(folder),
+        rollout=rollout_plan(folder),
+        data=data_plan(folder, train_path),
+        reward=reward_plan(),
+        recipe=recipe_plan(),
+        runtime_env=(),
+        notes=(),
+    )

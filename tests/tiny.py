@@ -77,7 +77,7 @@ def _tokenizer(vocab: int) -> transformers.PreTrainedTokenizerFast:
     return fast
 
 
-def _text_config(sizes: TinySizes, tokenizer: transformers.PreTrainedTokenizerFast) -> dict:
+def _text_config(sizes: TinySizes, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
     vocab = max(sizes.vocab, len(tokenizer))
     return {
         "vocab_size": vocab + -vocab % 64,
@@ -96,7 +96,7 @@ def _text_config(sizes: TinySizes, tokenizer: transformers.PreTrainedTokenizerFa
     }
 
 
-def _save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
     with torch.no_grad():
         # Hugging Face starts biases at 0 and norms at 1: a name mixed up between two of them would go unseen.
         for parameter in model.parameters():
@@ -119,10 +119,10 @@ def make_tiny_text(folder: Path | str, seed: int = 0, **sizes) -> Path:
     return Path(folder)
 
 
-def make_tiny_vl(folder: Path | str, seed: int = 0, **sizes) -> Path:
+def make_tiny_vl(folder: Path | str, seed: int = 0, tokenizer: transformers.PreTrainedTokenizerBase | None = None, **sizes) -> Path:
     """A random Qwen2.5-VL in `folder`, window attention in use; `sizes` are fields of TinySizes."""
     chosen = TinySizes(**sizes)
-    tokenizer = _tokenizer(min(chosen.vocab, 2048))
+    tokenizer = tokenizer or _tokenizer(min(chosen.vocab, 2048))
     half = chosen.hidden // chosen.heads // 2
     sections = [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]
     ids = tokenizer.convert_tokens_to_ids

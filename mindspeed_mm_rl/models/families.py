@@ -12,10 +12,6 @@ from typing import Any
 TEXT_FAMILIES = ("qwen2",)
 VISION_FAMILIES = ("qwen2_5_vl",)
 
-BANNED_LOGIT_BIAS = -100.0
-"""Added to the raw logits of banned ids, before the temperature, by trainer and rollout engine alike. It is the most that vLLM's
-logit_bias takes; e ** (-100 / T) is zero in float32 at every usual temperature."""
-
 
 @dataclass(frozen=True)
 class TextArchitecture:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.checkpoint import checkpoint
 
-from mindspeed_mm_rl.models.families import BANNED_LOGIT_BIAS
 from mindspeed_mm_rl.models.qwen2_5_vl import Policy
+from mindspeed_mm_rl.types import BAN_BIAS
 
 CHUNK_LOGITS = 2**24
 """Logits held at a time when no chunk size is asked for: 64 MiB in float32."""
@@ -89,7 +89,7 @@ def _biased(logits: torch.Tensor, banned_ids: tuple[int, ...], first: int) -> to
     biased = logits.to(torch.float32, copy=True)
     here = [token - first for token in banned_ids if first <= token < first + logits.shape[-1]]
     if here:
-        biased[:, here] += BANNED_LOGIT_BIAS
+        biased[:, here] += BAN_BIAS
     return biased
 
 

@@ -35,12 +35,13 @@ def _expanded(group: Group, architecture: Architecture) -> torch.Tensor:
     if not prompt.images:
         return torch.tensor(prompt.token_ids)
     merge = architecture.vision.merge_size
-    tokens = torch.tensor(expand_image_tokens(prompt.token_ids, [i.grid_thw for i in prompt.images], architecture.image_token_id, merge))
+    grids = [image.grid_thw for image in prompt.images]
+    tokens = torch.tensor(expand_image_tokens(prompt.token_ids, grids, architecture.image_token_id, merge))
     found, expected = int((tokens == architecture.image_token_id).sum()), sum(image.num_tokens(merge) for image in prompt.images)
     if found != expected or len(tokens) != prompt.expanded_length:
         raise ValueError(
-            f"prompt {prompt.prompt_id}: {found} image tokens and {len(tokens)} tokens in all, but its {len(prompt.images)} picture(s) give "
-            f"{expected} and {prompt.expanded_length}"
+            f"prompt {prompt.prompt_id}: {found} image tokens and {len(tokens)} tokens in all, "
+            f"but its {len(prompt.images)} picture(s) give {expected} and {prompt.expanded_length}"
         )
     return tokens
 

@@ -4,7 +4,8 @@
        ^                                                                                              |
        '--------------------------- another generation batch while too few are accepted ---------------'
 
-Decisions wait until a generation batch is complete, and groups are taken in prompt order: what is accepted never depends on who finished first.
+Decisions wait until a generation batch is complete, and groups are taken in prompt order: what is accepted never depends on who
+finished first.
 """
 
 from __future__ import annotations
@@ -37,11 +38,22 @@ class Collected:
     num_gen_batches: int = 0
     num_filtered: int = 0
     num_surplus: int = 0
+    num_reward_timeouts: int = 0
+    """Samples graded wrong because their grading ran out of time."""
+    num_reward_crashes: int = 0
+    """Samples graded wrong because their grading killed its process."""
 
 
 class Collector:
     def __init__(
-        self, plan: Plan, recipe: Recipe, loader: PromptLoader, actor: ActorGroup, rollout: RolloutGroupStream, rewards: RewardPool, tokenizer: Any
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        loader: PromptLoader,
+        actor: ActorGroup,
+        rollout: RolloutGroupStream,
+        rewards: RewardPool,
+        tokenizer: Any,
     ) -> None:
         self.plan, self.recipe, self.loader = plan, recipe, loader
         self.actor, self.rollout, self.rewards, self.tokenizer = actor, rollout, rewards, tokenizer
@@ -53,8 +65,9 @@ class Collector:
         while len(collected.groups) < wanted:
             if self.recipe.group_filter and 0 < limit <= collected.num_gen_batches:
                 raise ValueError(
-                    f"rl_config.filter_groups_max_batches ({limit}) generation batches gave {len(collected.groups)} groups whose samples differ, "
-                    f"rl_config.filter_groups_train_batch_size asks for {wanted}: raise the limit (-1 = none), n_samples_per_prompt, or use other data"
+                    f"rl_config.filter_groups_max_batches ({limit}) generation batches gave {len(collected.groups)} groups whose samples "
+                    f"differ, rl_config.filter_groups_train_batch_size asks for {wanted}: raise the limit (-1 = none) or "
+                    "n_samples_per_prompt, or use other data"
                 )
             self._add_generation_batch(collected, clock)
         collected.num_surplus = len(collected.groups) - wanted
@@ -67,8 +80,11 @@ class Collector:
         images = self._shared_images(prompts, clock)
         with clock.measure("rollout"):
             first_finished, graded = self._sampled(prompts, images)
-        groups = [self._group(prompt, rollouts, future.result()) for prompt, rollouts, future in sorted(graded, key=lambda g: g[0].prompt_id)]
+        scored = [(prompt, rollouts, future.result()) for prompt, rollouts, future in sorted(graded, key=lambda g: g[0].prompt_id)]
         clock.add("rule_reward", first_finished, time.perf_counter())
+        collected.num_reward_timeouts += sum(scores.timeouts for _, _, scores in scored)
+        collected.num_reward_crashes += sum(scores.crashes for _, _, scores in scored)
+        groups = [Group(p, r.rollouts, scores.scores, scores.accuracy, scores.rewards) for p, r, scores in scored]
         kept = [group for group in groups if self.recipe.group_filter is None or self.recipe.group_filter(group)]
         collected.generated += groups
         collected.groups += kept
@@ -104,7 +120,3 @@ class Collector:
             first_finished = min(first_finished, time.perf_counter())
             graded.append((prompt, rollouts, self.rewards.submit(prompt.prompt_id, texts, lengths, prompt.answer, prompt.data_source)))
         return first_finished, graded
-
-    @staticmethod
-    def _group(prompt: Prompt, rollouts: RolloutGroup, scores: GroupScores) -> Group:
-        return Group(prompt, rollouts.rollouts, scores.scores, scores.accuracy, scores.rewards)

@@ -21,7 +21,9 @@ _UPDATE_METRICS = {
 """Metric name -> what an update calls it; averaged over the iteration's updates by samples, 0 where an update has no such term."""
 
 
-def record_of(plan: Plan, collected: Collected, batch: Batch, updates: Sequence[tuple[int, dict[str, float]]], clock: Stopwatch) -> dict[str, float]:
+def record_of(
+    plan: Plan, collected: Collected, batch: Batch, updates: Sequence[tuple[int, dict[str, float]]], clock: Stopwatch
+) -> dict[str, float]:
     """updates: (samples, metrics) of each optimizer step, in order."""
     algorithm = plan.recipe.algorithm
     values = _of_updates(updates) | _of_rollout(collected, algorithm) | distribution(f"{algorithm}/score", batch.rewards)
@@ -51,6 +53,8 @@ def _of_rollout(collected: Collected, algorithm: str) -> dict[str, float]:
     groups = collected.generated
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     values = {f"{name}_rewards/mean": _mean([score for group in groups for score in group.scores[name]]) for name in groups[0].scores}
+    # Every sample is a single turn without tools.
+    values |= distribution("tool_call_num", [0.0])
     return values | {
         f"{algorithm}/accuracy/mean": _mean([value for group in groups for value in group.accuracy]),
         "rollout/reward/mean": _mean([reward for group in groups for reward in group.rewards]),
@@ -58,6 +62,8 @@ def _of_rollout(collected: Collected, algorithm: str) -> dict[str, float]:
         "train/num_gen_batches": float(collected.num_gen_batches),
         "train/filtered_groups": float(collected.num_filtered),
         "train/surplus_groups": float(collected.num_surplus),
+        "rewards/timeouts": float(collected.num_reward_timeouts),
+        "rewards/crashes": float(collected.num_reward_crashes),
     }
 
 

@@ -68,5 +68,3 @@ class RLTrainer:
     def publish(self, policy_version: int) -> None:
         """Returns when every replica has taken the weights: only then may they be written again."""
         self.rollout.receive_weights(self.actor.publish_weights(), policy_version)
-
-

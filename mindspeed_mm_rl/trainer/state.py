@@ -1,8 +1,8 @@
 """Saves and resumes: one folder per iteration, whole or not there at all, and a text file that names the one to use.
 
-    save/latest_checkpointed_iteration.txt      an iteration; editing it picks another save
-    save/iter_0000050/actor/                    weights, optimizer, schedule, random state (torch_dist)
-    save/iter_0000050/state.json                everything else that a resumed run needs
+save/latest_checkpointed_iteration.txt      an iteration; editing it picks another save
+save/iter_0000050/actor/                    weights, optimizer, schedule, random state (torch_dist)
+save/iter_0000050/state.json                everything else that a resumed run needs
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is no whole training save: state.json cannot be read ({error}); pick another iteration in {TRACKER}") from error
+        raise ValueError(
+            f"{folder} is no whole training save: state.json cannot be read ({error}); pick another iteration in {TRACKER}"
+        ) from error
 
 
 def _make_durable(folder: Path) -> None:

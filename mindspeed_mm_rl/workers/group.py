@@ -123,8 +123,8 @@ class RolloutGroupStream:
             done, _ = ray.wait(streams, num_returns=1, timeout=self.timeout)
             if not done:
                 raise TimeoutError(
-                    f"rollout: no group finished within {self.timeout:.0f} s (rl_config.timeout_seconds); {len(waiting)} prompts are unfinished, "
-                    f"such as {sorted(waiting)[:5]}"
+                    f"rollout: no group finished within {self.timeout:.0f} s (rl_config.timeout_seconds); "
+                    f"{len(waiting)} prompts are unfinished, such as {sorted(waiting)[:5]}"
                 )
             for stream in done:
                 ref = next(stream, None)
@@ -138,7 +138,9 @@ class RolloutGroupStream:
             raise RuntimeError(f"rollout: the streams ended without prompts {sorted(waiting)[:5]} ({len(waiting)} in all)")
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
-        _answers([worker.receive_weights.remote(handle, policy_version) for worker in self.workers], self.timeout, "rollout engine (weight push)")
+        _answers(
+            [worker.receive_weights.remote(handle, policy_version) for worker in self.workers], self.timeout, "rollout engine (weight push)"
+        )
 
     def peak_memory(self) -> int:
         return sum(_answers([worker.peak_memory.remote() for worker in self.workers], self.timeout, "rollout engine (memory report)"))

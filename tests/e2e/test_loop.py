@@ -21,18 +21,22 @@ from mindspeed_mm_rl.trainer import build
 from tests.plans import whole_plan
 
 TIMINGS = (
-    "all", "update", "rollout", "old_log_p", "reference_model", "resharding_to_infer", "resharding_to_train", "adv", "non_overlap_reference_model",
-    "non_overlap_adv", "non_overlap_rule_reward", "non_overlap_reward_model", "rule_reward", "reward_model", "ref_onload", "ref_offload", "kl", "onload",
-    "offload", "vit_image_emb", "image_embeds", "resharding_enter_infer", "resharding_exit_infer",
+    "all", "update", "rollout", "old_log_p", "reference_model", "resharding_to_infer", "resharding_to_train", "adv",
+    "non_overlap_reference_model", "non_overlap_adv", "non_overlap_rule_reward", "non_overlap_reward_model", "rule_reward",
+    "reward_model", "ref_onload", "ref_offload", "kl", "onload", "offload", "vit_image_emb", "image_embeds",
+    "resharding_enter_infer", "resharding_exit_infer",
 )  # fmt: skip
 SPREAD = ("mean", "max", "min")
 
 
 def documented_names(algorithm: str) -> set[str]:
     names = {f"timing/{phase}" for phase in TIMINGS}
-    names |= {f"{base}/{kind}" for base in (f"{algorithm}/score", f"{algorithm}/rewards", "response_length", "prompt_length") for kind in SPREAD}
+    names |= {
+        f"{base}/{kind}" for base in (f"{algorithm}/score", f"{algorithm}/rewards", "response_length", "prompt_length") for kind in SPREAD
+    }
     names |= {f"actor/{name}" for name in ("entropy", "kl_loss", "pg_loss", "pg_clipfrac", "ppo_kl", "lr", "grad_norm")}
     names |= {f"{algorithm}/lr", "grad_norm", "train/num_gen_batches", "e2e_tps", "update_tps", "vllm_tps"}
+    names |= {f"tool_call_num/{kind}" for kind in SPREAD}
     return names | {f"{verifier}_rewards/mean" for verifier in ("geo3k", "acc", "format")}
 
 
@@ -52,8 +56,8 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images = [picture() for _ in range((1, 2, 0)[index % 3])]
         extra = {"split": "train", "index": index, "answer": str(index), "question": "Find x."}
         rows.append({
-            "data_source": "hiyouga/geometry3k", "prompt": [{"role": "user", "content": "<image>" * len(images) + f"Find x, number {index}."}],
-            "images": images, "ability": "math", "reward_model": {"style": "rule", "ground_truth": str(index)}, "extra_info": extra,
+            "data_source": "hiyouga/geometry3k",
+            "prompt": [{"role": "user", "content": "<image>" * len(images) + f"Find x, number {index}."}], "images": images, "ability": "math", "reward_model": {"style": "rule", "ground_truth": str(index)}, "extra_info": extra,
         })  # fmt: skip
     path = tmp_path_factory.mktemp("rows") / "train.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)

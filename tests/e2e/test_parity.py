@@ -103,7 +103,9 @@ def test_logprobs_agree_at_the_start_and_after_each_update(world: World) -> None
         texts.append(batch.responses.values)
         advantages = {i: torch.full((n,), (-1.0) ** i) for i, n in zip(batch.sample_ids, batch.responses.lengths, strict=True)}
         world.actor.update(batch.with_column("advantages", advantages), [world.embeds], loss)
-    assert all(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(texts, texts[1:], strict=False)), "updates must change the policy"
+    assert all(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(texts, texts[1:], strict=False)), (
+        "updates must change the policy"
+    )
 
 
 def test_exchanged_pictures_are_noticed(world: World) -> None:

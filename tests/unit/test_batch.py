@@ -38,7 +38,9 @@ def test_a_prompt_whose_image_tokens_do_not_add_up_is_named() -> None:
 
 def test_select_takes_the_same_rows_of_every_column() -> None:
     batch = to_batch([group(3), group(5)], ARCHITECTURE)
-    batch = batch.with_column("old_logprobs", {i: torch.full((n,), float(i)) for i, n in zip(batch.sample_ids, batch.responses.lengths, strict=True)})
+    batch = batch.with_column(
+        "old_logprobs", {i: torch.full((n,), float(i)) for i, n in zip(batch.sample_ids, batch.responses.lengths, strict=True)}
+    )
     chosen = batch.select([3, 0])
     assert chosen.sample_ids == (11, 6)
     assert chosen.old_logprobs.values.tolist() == [11.0, 11.0, 6.0]

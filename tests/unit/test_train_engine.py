@@ -74,7 +74,9 @@ def request(batch: Batch) -> UpdateRequest:
     return UpdateRequest(batch, float(batch.loss_mask.values.sum()), float(len(batch)))
 
 
-def gradients(engine: object, batch: Batch, images: dict[str, ImageInput], loss: object) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradients(
+    engine: object, batch: Batch, images: dict[str, ImageInput], loss: object
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     features = engine.encode(images) if engine.vision_is_frozen else images
     metrics = engine.update(request(batch), features, loss)
     return {name: p.main_grad.clone() for name, p in engine.policy.named_parameters() if p.requires_grad}, metrics
@@ -82,8 +84,15 @@ def gradients(engine: object, batch: Batch, images: dict[str, ImageInput], loss:
 
 @pytest.mark.parametrize("loss", [GRPO, SEQUENCE_LEVEL], ids=["token_level", "sequence_level_entropy"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen_vision", "trained_vision"])
-def test_gradients_do_not_depend_on_the_micro_batches(make_engine: MakeEngine, batch: Batch, images: dict, loss: object, frozen: bool) -> None:
-    options = {"entropy_bonus": loss is SEQUENCE_LEVEL, "freeze_vision": frozen, "freeze_projector": frozen, "optimizer": optimizer_plan(clip_grad=0.0)}
+def test_gradients_do_not_depend_on_the_micro_batches(
+    make_engine: MakeEngine, batch: Batch, images: dict, loss: object, frozen: bool
+) -> None:
+    options = {
+        "entropy_bonus": loss is SEQUENCE_LEVEL,
+        "freeze_vision": frozen,
+        "freeze_projector": frozen,
+        "optimizer": optimizer_plan(clip_grad=0.0),
+    }
     whole, metrics = gradients(make_engine(**options), batch, images, loss)
     assert len(whole) >= 17 and all(gradient.norm() > 0 for gradient in whole.values())
     for samples in (1, 3):
@@ -124,7 +133,12 @@ def _update_in_transformers(folder: Path, batch: Batch, images: dict) -> tuple[f
     settings = read_image_settings(folder, MIN_PIXELS, MAX_PIXELS)
     trained = [p.requires_grad_("visual" not in name) for name, p in model.named_parameters()]
     optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    banned = [model.config.image_token_id, model.config.video_token_id, model.config.vision_start_token_id, model.config.vision_end_token_id]
+    banned = [
+        model.config.image_token_id,
+        model.config.video_token_id,
+        model.config.vision_start_token_id,
+        model.config.vision_end_token_id,
+    ]
     total = torch.zeros(())
     for row in range(len(batch)):
         prompt, response = batch.prompts.rows()[row], batch.responses.rows()[row]

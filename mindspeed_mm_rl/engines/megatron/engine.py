@@ -1,7 +1,7 @@
 """The train engine: a policy on megatron-core, packed micro-batches, one optimizer step per mini-batch.
 
-    Batch --micro_batches--> MicroBatch --policy--> hidden [T, H] --head at response places--> log-probs [N]
-                                                                                   '--> policy loss / global denominators --> gradients
+Batch --micro_batches--> MicroBatch --policy--> hidden [T, H] --head at response places--> log-probs [N]
+                                                                               '--> policy loss / global denominators --> gradients
 """
 
 from __future__ import annotations
@@ -181,7 +181,13 @@ class MegatronTrainEngine:
         return micros + [pack(batch, [0], counts=False)] * (rounds - len(micros))
 
     def _training_step(
-        self, micros: Iterator[MicroBatch], model: Any, request: UpdateRequest, images: Images, policy_loss: PolicyLoss, gaps: list[torch.Tensor]
+        self,
+        micros: Iterator[MicroBatch],
+        model: Any,
+        request: UpdateRequest,
+        images: Images,
+        policy_loss: PolicyLoss,
+        gaps: list[torch.Tensor],
     ) -> tuple[torch.Tensor, Any]:
         micro = next(micros)
         hidden = self._forward(self.policy, micro, images)
@@ -205,8 +211,9 @@ class MegatronTrainEngine:
         bound = self.plan.logprob_gap_bound
         if bound and not largest <= bound:
             raise RuntimeError(
-                f"trainer and rollout engine disagree: the largest log-prob gap of this mini-batch is {largest:.4g}, rl_config.logprob_gap_bound is "
-                f"{bound:g}; nothing was updated. Look for weights that were not pushed, another dtype, or another temperature on one side"
+                f"trainer and rollout engine disagree: the largest log-prob gap of this mini-batch is {largest:.4g}, "
+                f"rl_config.logprob_gap_bound is {bound:g}; nothing was updated. "
+                "Look for weights that were not pushed, another dtype, or another temperature on one side"
             )
         return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 

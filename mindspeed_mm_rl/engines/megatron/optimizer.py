@@ -14,7 +14,10 @@ def wrap_for_data_parallel(policy: Any, plan: OptimizerPlan) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=plan.use_distributed_optimizer, check_for_nan_in_grad=True
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=plan.use_distributed_optimizer,
+        check_for_nan_in_grad=True,
     )
     return DistributedDataParallel(config=policy.config, ddp_config=settings, module=policy)
 
@@ -36,7 +39,6 @@ def build_optimizer(model: Any, plan: OptimizerPlan, dtype: torch.dtype) -> Any:
         use_distributed_optimizer=plan.use_distributed_optimizer,
     )
     return get_megatron_optimizer(settings, [model])
-
 
 
 def build_schedule(optimizer: Any, plan: OptimizerPlan) -> Any:

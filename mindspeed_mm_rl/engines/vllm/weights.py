@@ -19,11 +19,13 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
+from mindspeed_mm_rl.models.names import canonical_hf_name
 from mindspeed_mm_rl.weights.host import WeightHandle, read_views
 
 LOAD_FORMAT = "mindspeed_mm_rl_awaited"
 """The engine argument `load_format` of an engine whose first weights come by `receive`."""
 _BACKEND = "mindspeed_mm_rl_host"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _VISION_PREFIXES = ("visual.", "model.visual.")
 
 
@@ -74,9 +76,15 @@ class HostWeightEngine(WeightTransferEngine[_HostInit, _HostUpdate]):
         self.model.load_weights(self._wanted(update_info.handle))
 
     def _wanted(self, handle: WeightHandle) -> Iterator[tuple[str, torch.Tensor]]:
-        """Without the vision tower where the engine was built without one."""
+        """Without the vision tower where the engine was built without one; with the head that a tied model doesn't send.
+
+        vLLM keeps the old head of a tied model on CPU, where it computes from a packed copy, unless the head is loaded by its own name.
+        """
         has_vision = any(name.startswith(_VISION_PREFIXES) for name, _ in self.model.named_parameters())
-        return (view for view in read_views(handle) if has_vision or not view[0].startswith(_VISION_PREFIXES))
+        views = dict(read_views(handle))
+        yield from ((name, view) for name, view in views.items() if has_vision or not name.startswith(_VISION_PREFIXES))
+        if _HEAD not in views:
+            yield _HEAD, next(view for name, view in views.items() if canonical_hf_name(name) == _EMBEDDING)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
