@@ -101,11 +101,7 @@ class Collector:
             return None
         with clock.measure("image_embeds"):
             images = ray.put(distinct)
-            if not self.plan.rollout.image_embeds:
-                return images
-            encoded = self.actor.encode(images)
-            ray.wait([encoded], timeout=self.plan.run.timeout_seconds, fetch_local=False)
-            return encoded
+            return self.actor.encode(images) if self.plan.rollout.image_embeds else images
 
     def _sampled(self, prompts: list[Prompt], images: Any) -> tuple[float, list[Graded]]:
         """When the first group went to the rewards, and every group with the future of its scores."""

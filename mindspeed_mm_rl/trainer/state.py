@@ -40,10 +40,13 @@ class RunState:
         actor.save(str((temporary / "actor").resolve()))
         (temporary / "state.json").write_text(json.dumps(self._contents(loader, kl), indent=1), encoding="utf-8")
         _make_durable(temporary)
+        replaced = root / f".iter_{self.iteration:07d}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         temporary.rename(final)
         _write_tracker(root, self.iteration)
+        shutil.rmtree(replaced, ignore_errors=True)
         self._remove_old(root)
         return final
 
@@ -58,7 +61,8 @@ class RunState:
         }
 
     def _remove_old(self, root: Path) -> None:
-        saves = sorted(root.glob("iter_*"))
+        # By age: a run that went on from an earlier iteration must not count an abandoned later one as newer.
+        saves = sorted(root.glob("iter_*"), key=lambda save: (save / "state.json").stat().st_mtime_ns)
         for old in saves[: -self.plan.run.keep_last] if self.plan.run.keep_last else []:
             shutil.rmtree(old)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,14 +19,31 @@ from mindspeed_mm_rl.workers.actor import ActorWorker
 from mindspeed_mm_rl.workers.rollout import RolloutWorker
 
 
-def _answers(refs: list[Any], timeout_seconds: float, what: str) -> list[Any]:
-    """Waits for all; raises TimeoutError that says what was waited for."""
+class WorkerFailed(RuntimeError):
+    """A worker process raised, died, or was silent for too long; the message says which and why."""
+
+
+@contextmanager
+def _told(what: str, timeout_seconds: float) -> Iterator[None]:
+    """Turns what Ray raises for a worker into one sentence."""
     import ray
 
     try:
-        return ray.get(refs, timeout=timeout_seconds)
+        yield
     except ray.exceptions.GetTimeoutError as error:
-        raise TimeoutError(f"{what} did not answer within {timeout_seconds:.0f} s (rl_config.timeout_seconds)") from error
+        raise WorkerFailed(f"{what} did not answer within {timeout_seconds:.0f} s (rl_config.timeout_seconds)") from error
+    except ray.exceptions.RayTaskError as error:
+        raise WorkerFailed(f"{what} failed: {error.cause}") from error
+    except ray.exceptions.RayActorError as error:
+        raise WorkerFailed(f"{what}: the worker process died ({error})") from error
+
+
+def _answers(refs: list[Any], timeout_seconds: float, what: str) -> list[Any]:
+    """Waits for all; raises WorkerFailed that says what was waited for."""
+    import ray
+
+    with _told(what, timeout_seconds):
+        return ray.get(refs, timeout=timeout_seconds)
 
 
 class ActorGroup:
@@ -47,8 +65,14 @@ class ActorGroup:
         return self._all("start of the trainer", lambda worker, _: worker.ready.remote())[0]
 
     def encode(self, images: Any) -> Any:
-        """Object ref of a picture table -> object ref of the encoded table; the driver never holds it."""
-        return self.workers[0].encode.remote(images)
+        """Object ref of a picture table -> object ref of the encoded table, finished; the driver never holds it."""
+        import ray
+
+        encoded = self.workers[0].encode.remote(images)
+        ready, _ = ray.wait([encoded], timeout=self.timeout, fetch_local=False)
+        if not ready:
+            raise WorkerFailed(f"trainer (vision encoder) did not answer within {self.timeout:.0f} s (rl_config.timeout_seconds)")
+        return encoded
 
     def logprobs(self, batch: Batch, images: list[Any]) -> dict[int, torch.Tensor]:
         return self._by_sample("log-probs", "logprobs", batch, images)
@@ -109,7 +133,7 @@ class RolloutGroupStream:
         _answers([worker.ready.remote() for worker in self.workers], self.timeout, "start of the rollout engine")
 
     def generate(self, requests: list[RolloutRequest], images: Any) -> Iterator[RolloutGroup]:
-        """Yields groups in finish order. Raises TimeoutError naming prompts when nothing finishes within the bound."""
+        """Yields groups in finish order. Raises WorkerFailed, naming prompts, when nothing finishes within the bound."""
         import ray
 
         waiting = {request.prompt_id for request in requests}
@@ -122,7 +146,7 @@ class RolloutGroupStream:
         while streams:
             done, _ = ray.wait(streams, num_returns=1, timeout=self.timeout)
             if not done:
-                raise TimeoutError(
+                raise WorkerFailed(
                     f"rollout: no group finished within {self.timeout:.0f} s (rl_config.timeout_seconds); "
                     f"{len(waiting)} prompts are unfinished, such as {sorted(waiting)[:5]}"
                 )
@@ -131,11 +155,12 @@ class RolloutGroupStream:
                 if ref is None:
                     streams.remove(stream)
                     continue
-                group = ray.get(ref)
+                with _told("rollout", self.timeout):
+                    group = ray.get(ref)
                 waiting.discard(group.prompt_id)
                 yield group
         if waiting:
-            raise RuntimeError(f"rollout: the streams ended without prompts {sorted(waiting)[:5]} ({len(waiting)} in all)")
+            raise WorkerFailed(f"rollout: the streams ended without prompts {sorted(waiting)[:5]} ({len(waiting)} in all)")
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         _answers(

@@ -57,7 +57,11 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
         extra = {"split": "train", "index": index, "answer": str(index), "question": "Find x."}
         rows.append({
             "data_source": "hiyouga/geometry3k",
-            "prompt": [{"role": "user", "content": "<image>" * len(images) + f"Find x, number {index}."}], "images": images, "ability": "math", "reward_model": {"style": "rule", "ground_truth": str(index)}, "extra_info": extra,
+            "prompt": [{"role": "user", "content": "<image>" * len(images) + f"Find x, number {index}."}],
+            "images": images,
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(index)},
+            "extra_info": extra,
         })  # fmt: skip
     path = tmp_path_factory.mktemp("rows") / "train.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
