@@ -18,7 +18,7 @@ from mindspeed_mm_rl.data.images import pixel_values, read_image_settings
 from mindspeed_mm_rl.data.packing import micro_batches
 from mindspeed_mm_rl.engines.base import PolicyLoss, UpdateRequest
 from mindspeed_mm_rl.engines.megatron import process_groups, saves
-from mindspeed_mm_rl.engines.megatron.micro_batch import MicroBatch, grids_by_row, pack
+from mindspeed_mm_rl.engines.megatron.micro_batch import MicroBatch, grids_by_row, masked, pack
 from mindspeed_mm_rl.engines.megatron.optimizer import build_optimizer, build_schedule, wrap_for_data_parallel
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.heads import token_logprobs
@@ -178,7 +178,7 @@ class MegatronTrainEngine:
         """Every data-parallel rank runs the same number of micro-batches; a short rank repeats its first sample without weight."""
         micros = [pack(batch, rows) for rows in self._micro_batches(batch)]
         rounds = int(process_groups.data_parallel_max(len(micros)))
-        return micros + [pack(batch, [0], counts=False)] * (rounds - len(micros))
+        return micros + [pack(masked(batch), [0])] * (rounds - len(micros))
 
     def _training_step(
         self,
@@ -195,12 +195,10 @@ class MegatronTrainEngine:
         def loss_of(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             logprobs, entropy = self._logprobs(self.policy, micro, hidden, entropy_grad=self.entropy_bonus)
             inputs = _loss_input(micro, logprobs, entropy, request)
-            if micro.counts:
-                gaps.append(((inputs.old_logprobs - inputs.rollout_logprobs).abs() * inputs.loss_mask).detach())
+            gaps.append(((inputs.old_logprobs - inputs.rollout_logprobs).abs() * inputs.loss_mask).detach())
             loss, metrics = policy_loss(inputs)
-            weight = 1.0 if micro.counts else 0.0
             # The token count is unused (see _finish_config); megatron asks for an int tensor.
-            return loss * weight, torch.ones((), dtype=torch.int, device=loss.device), {k: v.detach() * weight for k, v in metrics.items()}
+            return loss, torch.ones((), dtype=torch.int, device=loss.device), {k: v.detach() for k, v in metrics.items()}
 
         return hidden, loss_of
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from mindspeed_mm_rl.types import Batch, Images
+from mindspeed_mm_rl.types import Batch, Images, Ragged
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,6 @@ class MicroBatch:
     """[response tokens]"""
     sequence_index: torch.Tensor
     """[response tokens] row that the token belongs to"""
-    counts: bool
-    """False: a repeat that only keeps this rank in step with longer ones; its loss is multiplied by zero."""
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -37,7 +35,13 @@ class MicroBatch:
         return self.batch.responses.lengths
 
 
-def pack(batch: Batch, rows: Sequence[int], counts: bool = True) -> MicroBatch:
+def masked(batch: Batch) -> Batch:
+    """The first sample without any weight: what a rank runs that has fewer micro-batches than others, to stay in step with them."""
+    first = batch.select([0])
+    return replace(first, loss_mask=Ragged(torch.zeros_like(first.loss_mask.values), first.loss_mask.lengths))
+
+
+def pack(batch: Batch, rows: Sequence[int]) -> MicroBatch:
     share = batch.select(rows)
     prompts, responses = share.prompts.rows(), share.responses.rows()
     starts, start = [], 0
@@ -51,7 +55,6 @@ def pack(batch: Batch, rows: Sequence[int], counts: bool = True) -> MicroBatch:
         hidden_index=torch.cat([torch.arange(s, s + len(r)) for s, r in zip(starts, responses, strict=True)]),
         targets=share.responses.values,
         sequence_index=torch.repeat_interleave(torch.arange(len(responses)), torch.tensor(share.responses.lengths)),
-        counts=counts,
     )
 
 
