@@ -34,7 +34,7 @@ class Collected:
     groups: list[Group] = field(default_factory=list)
     generated: list[Group] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
-    """Object refs of picture tables, one per generation batch that had pictures."""
+    """Object refs of picture tables, of every generation batch that had pictures."""
     num_gen_batches: int = 0
     num_filtered: int = 0
     num_surplus: int = 0
@@ -88,28 +88,27 @@ class Collector:
         kept = [group for group in groups if self.recipe.group_filter is None or self.recipe.group_filter(group)]
         collected.generated += groups
         collected.groups += kept
-        collected.images += [images] if images is not None else []
+        collected.images += images
         collected.num_filtered += len(groups) - len(kept)
         collected.num_gen_batches += 1
 
-    def _shared_images(self, prompts: list[Prompt], clock: Stopwatch) -> Any:
-        """Object ref of the distinct pictures: encoded where the vision encoder is frozen, else as pixels; None without any picture."""
+    def _shared_images(self, prompts: list[Prompt], clock: Stopwatch) -> list[Any]:
+        """Object refs of tables of the distinct pictures: encoded where the vision encoder is frozen, else as pixels."""
         import ray
 
         distinct = {image.key: image for prompt in prompts for image in prompt.images}
         if not distinct:
-            return None
+            return []
         with clock.measure("image_embeds"):
-            images = ray.put(distinct)
-            return self.actor.encode(images) if self.plan.rollout.image_embeds else images
+            return self.actor.encode(distinct) if self.plan.rollout.image_embeds else [ray.put(distinct)]
 
-    def _sampled(self, prompts: list[Prompt], images: Any) -> tuple[float, list[Graded]]:
+    def _sampled(self, prompts: list[Prompt], images: list[Any]) -> tuple[float, list[Graded]]:
         """When the first group went to the rewards, and every group with the future of its scores."""
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
         requests = [RolloutRequest(p.prompt_id, p.token_ids, tuple(image.key for image in p.images), p.expanded_length) for p in prompts]
         graded: list[Graded] = []
         first_finished = float("inf")
-        for rollouts in self.rollout.generate(requests, images if images is not None else {}):
+        for rollouts in self.rollout.generate(requests, images):
             prompt = by_id[rollouts.prompt_id]
             texts = [self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True) for rollout in rollouts.rollouts]
             lengths = [len(rollout.token_ids) for rollout in rollouts.rollouts]

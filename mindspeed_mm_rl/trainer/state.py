@@ -62,7 +62,10 @@ class RunState:
 
     def _remove_old(self, root: Path) -> None:
         # By age: a run that went on from an earlier iteration must not count an abandoned later one as newer.
-        saves = sorted(root.glob("iter_*"), key=lambda save: (save / "state.json").stat().st_mtime_ns)
+        saves = sorted(
+            (save for save in root.glob("iter_*") if (save / "state.json").is_file()),
+            key=lambda save: (save / "state.json").stat().st_mtime_ns,
+        )
         for old in saves[: -self.plan.run.keep_last] if self.plan.run.keep_last else []:
             shutil.rmtree(old)
 

@@ -36,17 +36,17 @@ class ActorWorker:
         return self.engine.encode(images)
 
     def logprobs(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
-        return self.engine.logprobs(batch.select(rows), _fetched(images))
+        return self.engine.logprobs(batch.select(rows), fetched(images))
 
     def ref_logprobs(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
-        return self.engine.ref_logprobs(batch.select(rows), _fetched(images))
+        return self.engine.ref_logprobs(batch.select(rows), fetched(images))
 
     def update(
         self, batch: Batch, rows: list[int], images: list[Any], policy_loss: PolicyLoss, num_loss_tokens: float, num_sequences: float
     ) -> dict[str, float]:
         from mindspeed_mm_rl.engines.base import UpdateRequest
 
-        return self.engine.update(UpdateRequest(batch.select(rows), num_loss_tokens, num_sequences), _fetched(images), policy_loss)
+        return self.engine.update(UpdateRequest(batch.select(rows), num_loss_tokens, num_sequences), fetched(images), policy_loss)
 
     def publish_weights(self) -> WeightHandle:
         return self.engine.publish_weights()
@@ -64,7 +64,7 @@ class ActorWorker:
         return device.peak_memory_bytes()
 
 
-def _fetched(images: list[Any]) -> dict[str, Any]:
+def fetched(images: list[Any]) -> dict[str, Any]:
     """Object refs of picture tables -> one table; arrays are mapped from the object store, not copied."""
     import ray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.data.packing import balanced_shares
 from mindspeed_mm_rl.engines.base import PolicyLoss
 from mindspeed_mm_rl.engines.vllm.environment import rollout_env
-from mindspeed_mm_rl.types import Batch, RolloutGroup, RolloutRequest
+from mindspeed_mm_rl.types import Batch, ImageInput, RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.weights.host import WeightHandle
 from mindspeed_mm_rl.workers import placement
 from mindspeed_mm_rl.workers.actor import ActorWorker
@@ -64,13 +65,16 @@ class ActorGroup:
     def ready(self) -> int:
         return self._all("start of the trainer", lambda worker, _: worker.ready.remote())[0]
 
-    def encode(self, images: Any) -> Any:
-        """Object ref of a picture table -> object ref of the encoded table, finished; the driver never holds it."""
+    def encode(self, images: dict[str, ImageInput]) -> list[Any]:
+        """Every picture once, shared out over the ranks; object refs of the encoded tables, finished, which the driver never holds."""
         import ray
 
-        encoded = self.workers[0].encode.remote(images)
-        ready, _ = ray.wait([encoded], timeout=self.timeout, fetch_local=False)
-        if not ready:
+        keys = list(images)
+        shares = balanced_shares([math.prod(images[key].grid_thw) for key in keys], len(self.workers))
+        tables = [{keys[i]: images[keys[i]] for i in share} for share in shares if share]
+        encoded = [worker.encode.remote(table) for worker, table in zip(self.workers, tables, strict=False)]
+        ready, _ = ray.wait(encoded, num_returns=len(encoded), timeout=self.timeout, fetch_local=False)
+        if len(ready) < len(encoded):
             raise WorkerFailed(f"trainer (vision encoder) did not answer within {self.timeout:.0f} s (rl_config.timeout_seconds)")
         return encoded
 
@@ -89,7 +93,8 @@ class ActorGroup:
         return answers[0]
 
     def publish_weights(self) -> WeightHandle:
-        return self._all("weight push", lambda worker, _: worker.publish_weights.remote())[0]
+        """Data-parallel ranks hold the same weights, so the first one writes them."""
+        return _answers([self.workers[0].publish_weights.remote()], self.timeout, "trainer (weight push)")[0]
 
     def save(self, folder: str) -> None:
         self._all("save", lambda worker, _: worker.save.remote(folder))
@@ -132,7 +137,7 @@ class RolloutGroupStream:
     def ready(self) -> None:
         _answers([worker.ready.remote() for worker in self.workers], self.timeout, "start of the rollout engine")
 
-    def generate(self, requests: list[RolloutRequest], images: Any) -> Iterator[RolloutGroup]:
+    def generate(self, requests: list[RolloutRequest], images: list[Any]) -> Iterator[RolloutGroup]:
         """Yields groups in finish order. Raises WorkerFailed, naming prompts, when nothing finishes within the bound."""
         import ray
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_mm_rl.workers.actor import fetched
+
 if TYPE_CHECKING:
     from mindspeed_mm_rl.config.plan import RolloutPlan
     from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest
@@ -22,8 +24,9 @@ class RolloutWorker:
     def ready(self) -> bool:
         return True
 
-    def generate(self, requests: list[RolloutRequest], images: dict[str, Any], num_samples: int) -> Iterator[RolloutGroup]:
-        yield from self.engine.generate(requests, images, num_samples)
+    def generate(self, requests: list[RolloutRequest], images: list[Any], num_samples: int) -> Iterator[RolloutGroup]:
+        """images: object refs of picture tables."""
+        yield from self.engine.generate(requests, fetched(images), num_samples)
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         self.engine.receive_weights(handle, policy_version)

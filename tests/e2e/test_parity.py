@@ -40,7 +40,7 @@ class World:
 
     def sample(self, kind: str) -> list[Group]:
         requests = [RolloutRequest(p.prompt_id, p.token_ids, tuple(i.key for i in p.images), p.expanded_length) for p in self.prompts]
-        groups = self.rollouts[kind].generate(requests, self.pixels if kind == "pixels" else self.embeds)
+        groups = self.rollouts[kind].generate(requests, [self.pixels] if kind == "pixels" else [self.embeds])
         by_id = {group.prompt_id: group for group in groups}
         scores = [0.0] * 4
         return [Group(p, by_id[p.prompt_id].rollouts, {}, scores, [1.0, 0.0, 0.5, 0.25]) for p in self.prompts]
@@ -75,7 +75,7 @@ def world(tiny_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
             group.ready()
         distinct: dict[str, ImageInput] = {image.key: image for prompt in prompts for image in prompt.images}
         pixels = ray.put(distinct)
-        yield World(actor, rollouts, prompts, pixels, actor.encode(pixels), tiny_vl)
+        yield World(actor, rollouts, prompts, pixels, actor.encode(distinct)[0], tiny_vl)
     finally:
         placement.stop()
 

@@ -2,8 +2,11 @@
 
 First sight: the whole model learns until it reads nearly all pictures, and then only its vision encoder and projector are kept. They stay
 frozen from here on, as the trainer leaves them. Then the start: a language model with fresh weights learns the answer format and begins to
-use what the encoder sees. It stops at an accuracy, not at a number of steps: the curve is flat for a while, then steep, and the length of
-the flat part depends on the seed. What is left to learn is the reinforcement learner's.
+use what the encoder sees. Most of the solutions that it is shown belong to other pictures, so that it stays unsure: it still samples every
+answer now and then, which is what reinforcement learning needs to find the right one.
+
+Both stop at an accuracy, not at a number of steps: the curve is flat for a while, then steep, and the length of the flat part depends on
+the seed.
 
     python examples/rl/quickstart/warm_start.py --model quickstart/model/random --data quickstart/data/warm_start \\
         --out quickstart/model/warm
@@ -71,9 +74,10 @@ class Pictures:
         }
 
 
-def solution_loss(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, index: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of the worked solution's tokens, the end of sequence included."""
-    response = pictures.solutions[index]
+def solution_loss(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, index: torch.Tensor, unsure: float) -> torch.Tensor:
+    """Cross entropy of the worked solution's tokens, the end of sequence included; a share `unsure` of them is of other pictures."""
+    others = torch.randint(len(pictures.answers), index.shape)
+    response = pictures.solutions[torch.where(torch.rand(index.shape) < unsure, others, index)]
     logits = model(**pictures.inputs(index, response), logits_to_keep=response.shape[1] + 1, use_cache=False).logits[:, :-1]
     return cross_entropy(logits.flatten(0, 1), response.flatten(), ignore_index=pictures.tokenizer.pad_token_id)
 
@@ -92,9 +96,11 @@ def accuracy(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures) -> f
 
 @dataclass(frozen=True)
 class Stage:
-    """Example: Stage("sight", stop=0.9, steps=800, first_look=100, look_every=10)."""
+    """Example: Stage("sight", unsure=0.0, stop=0.9, steps=800, first_look=100, look_every=10)."""
 
     title: str
+    unsure: float
+    """Share of solutions that belong to other pictures."""
     stop: float
     """Held-out accuracy that ends the stage."""
     steps: int
@@ -111,7 +117,7 @@ def train(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, held_ou
     with tqdm(range(1, stage.steps + 1), desc=f"{stage.title}, until {stage.stop:.2f} are right", unit="step") as bar:
         for step in bar:
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS)
-            loss = solution_loss(model, pictures, torch.randint(len(pictures.answers), (BATCH,)))
+            loss = solution_loss(model, pictures, torch.randint(len(pictures.answers), (BATCH,)), stage.unsure)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -138,15 +144,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet of geo3k.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sight", type=float, default=0.9, help="accuracy at which the vision encoder is good enough")
-    parser.add_argument("--stop", type=float, default=0.35, help="accuracy at which to leave the rest to reinforcement learning")
+    parser.add_argument("--unsure", type=float, default=0.8, help="share of the start's solutions that belong to other pictures")
+    parser.add_argument("--stop", type=float, default=0.3, help="accuracy at which to leave the rest to reinforcement learning")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     pictures, held_out = (Pictures(args.model, read_questions(args.data / f"{split}.parquet")) for split in ("train", "test"))
     seeing = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
-    train(seeing, pictures, held_out, Stage("sight", args.sight, steps=800, first_look=150, look_every=10))
+    train(seeing, pictures, held_out, Stage("sight", unsure=0.0, stop=args.sight, steps=800, first_look=150, look_every=10))
     model = with_frozen_sight(args.model, seeing)
-    train(model, pictures, held_out, Stage("start", args.stop, steps=300, first_look=24, look_every=4))
+    train(model, pictures, held_out, Stage("start", args.unsure, args.stop, steps=800, first_look=60, look_every=2))
     unfinished = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(args.model, unfinished, ignore=shutil.ignore_patterns("*.safetensors"))
