@@ -37,7 +37,7 @@ def hf_to_mm(cfg: HfToMmOptions) -> None:
     with new_folder(target) as folder:
         # torch.save takes one object: the whole model is in memory here, as it is in the reader.
         write_mm(folder, dict(_with_progress(tensors, _count(config, parts, "mm"), "hf_to_mm")))
-    print(f"wrote {target} (load it as actor_config.load)")
+    print(f"wrote {target} ({'the vision encoder alone' if cfg.save_vit_only else 'load it as actor_config.load'})")
 
 
 def mm_to_hf(cfg: MmToHfOptions) -> None:

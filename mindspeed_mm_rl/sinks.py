@@ -89,13 +89,13 @@ def _free_name(path: Path) -> Path:
 
 
 class TensorboardSink:
-    """Scalars under `train/`, in `folder`."""
+    """Scalars under `train/`, in `folder`; what an earlier run wrote there after the iteration `resume_from` is no longer shown."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resume_from: int = 0) -> None:
         # torch's writer stores plain scalars, which every reader of event files knows; tensorboard's own stores tensors.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=resume_from + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -127,5 +127,5 @@ def open_metric_log(
     """The sinks of a training run in the folder `output`; `resume_from` is the last iteration that is kept (0 = a new run)."""
     sinks: list[Sink] = [ConsoleSink(train_iters, print_line), JsonlSink(output / "metrics.jsonl", resume_from)]
     if use_tensorboard:
-        sinks.append(TensorboardSink(output / "tensorboard"))
+        sinks.append(TensorboardSink(output / "tensorboard", resume_from))
     return MetricLog(sinks)

@@ -54,7 +54,7 @@ class KLController:
     adaptive: bool = False
     target: float = 0.0
     horizon: float = 0.0
-    """Samples after which a constant relative error of 1 would have doubled the coefficient."""
+    """Samples after which a constant relative error of 1 would have doubled the coefficient; an iteration with more counts as this many."""
 
     def __post_init__(self) -> None:
         if self.adaptive and (self.target <= 0 or self.horizon <= 0):
@@ -68,7 +68,8 @@ class KLController:
         if not self.adaptive:
             return
         error = min(max(measured_kl / self.target - 1.0, -_MAX_RELATIVE_ERROR), _MAX_RELATIVE_ERROR)
-        self.coef *= 1.0 + error * num_samples / self.horizon
+        # An iteration of five horizons would make the coefficient negative, which drives the policy away from the reference.
+        self.coef *= 1.0 + error * min(num_samples / self.horizon, 1.0)
 
     def state(self) -> dict[str, float]:
         """What a save must keep; plain numbers."""

@@ -16,12 +16,12 @@ def check(config: Config) -> None:
 
 def _required(config: Config) -> None:
     for key in _REQUIRED:
-        if getattr(config.megatron_training, key) is None:
+        if getattr(config.actor_config, key) is None:
             raise ValueError(f"megatron_training.{key} is missing; it has no default")
 
 
 def _stage(config: Config) -> None:
-    stage = config.megatron_training.stage
+    stage = config.actor_config.stage
     if stage not in ("ray_grpo", "ray_dapo"):
         raise ValueError(f"megatron_training.stage: {stage} isn't offered in this version; choose ray_grpo or ray_dapo")
     if config.rl_config.adv_estimator != "group_norm":
@@ -53,11 +53,18 @@ def _batches(config: Config) -> None:
     if mini is not None and mini > prompts:
         raise ValueError(f"rl_config.mini_batch_size ({mini} prompts) must be <= {key} ({prompts} prompts)")
 
+    drawn, limit = config.actor_config.global_batch_size or 0, config.rl_config.filter_groups_max_batches
+    if config.rl_config.filter_groups_enable and 0 < limit * drawn < prompts:
+        raise ValueError(
+            f"rl_config.filter_groups_max_batches ({limit}) x megatron_training.global_batch_size ({drawn}) = {limit * drawn} prompts must "
+            f"be >= rl_config.filter_groups_train_batch_size ({prompts}); raise the limit (-1 = none)"
+        )
+
 
 def train_prompts(config: Config) -> int:
     """Prompts that one iteration trains on."""
     rl = config.rl_config
-    return (rl.filter_groups_train_batch_size if rl.filter_groups_enable else None) or config.megatron_training.global_batch_size or 0
+    return (rl.filter_groups_train_batch_size if rl.filter_groups_enable else None) or config.actor_config.global_batch_size or 0
 
 
 def _dtype(config: Config) -> None:
@@ -76,7 +83,7 @@ def _learning_rate(config: Config) -> None:
 
 
 def _pixels(config: Config) -> None:
-    low, high = config.megatron_training.min_pixels, config.megatron_training.max_pixels
+    low, high = config.actor_config.min_pixels, config.actor_config.max_pixels
     if low > high:
         raise ValueError(f"megatron_training.min_pixels ({low}) must be <= megatron_training.max_pixels ({high})")
 

@@ -35,7 +35,7 @@ def make_plan(config: Config) -> Plan:
     Raises ValueError with one sentence.
     """
     check(config)
-    hf_path = _absolute(config.megatron_training.tokenizer_name_or_path)
+    hf_path = _absolute(config.actor_config.tokenizer_name_or_path)
     hf = read_hf_config(hf_path)
     if hf is not None:
         compare_architecture(config.model, config.architecture, hf, hf_path)
@@ -79,11 +79,11 @@ def _mini_batch_prompts(config: Config) -> int:
 def _updates(config: Config) -> int:
     """Optimizer steps of the whole run."""
     mini_batches = -(-train_prompts(config) // _mini_batch_prompts(config))
-    return (config.megatron_training.train_iters or 0) * config.rl_config.epochs * mini_batches
+    return (config.actor_config.train_iters or 0) * config.rl_config.epochs * mini_batches
 
 
 def _run(config: Config) -> RunPlan:
-    megatron, rl, prompts = config.megatron_training, config.rl_config, train_prompts(config)
+    megatron, rl, prompts = config.actor_config, config.rl_config, train_prompts(config)
     return RunPlan(
         train_iters=megatron.train_iters or 0,
         prompts_per_generation=megatron.global_batch_size or 0,
@@ -117,7 +117,7 @@ def _train(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
         load=load,
         reference_load=_absolute(rl.integrated_mode_config.ref_model_load_path) or load,
         dtype=_dtype(config),
-        seed=config.megatron_training.seed,
+        seed=config.actor_config.seed,
         freeze_vision=choices.freeze_vision,
         freeze_projector=choices.freeze_projector,
         tensor_parallel_size=actor.tensor_model_parallel_size,
@@ -128,8 +128,8 @@ def _train(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
         max_tokens_per_micro_batch=rl.max_packing_token_size,
         max_samples_per_micro_batch=0 if rl.use_dynamic_bsz else actor.micro_batch_size or 0,
         temperature=config.generate_config.sampling_config.temperature,
-        min_pixels=config.megatron_training.min_pixels,
-        max_pixels=config.megatron_training.max_pixels,
+        min_pixels=config.actor_config.min_pixels,
+        max_pixels=config.actor_config.max_pixels,
         recompute=actor.recompute_granularity == "full" or choices.recompute,
         deterministic=actor.npu_deterministic,
         optimizer=_optimizer(config),
@@ -160,7 +160,7 @@ def _optimizer(config: Config) -> OptimizerPlan:
 
 
 def _rollout(config: Config, hf_path: str, image_embeds: bool) -> RolloutPlan:
-    generate, megatron = config.generate_config, config.megatron_training
+    generate, megatron = config.generate_config, config.actor_config
     sampling = generate.sampling_config
     max_model_len = generate.max_model_len or config.rl_config.max_prompt_length + sampling.max_tokens
     return RolloutPlan(
@@ -188,7 +188,7 @@ def _rollout(config: Config, hf_path: str, image_embeds: bool) -> RolloutPlan:
 
 
 def _data(config: Config, hf_path: str) -> DataPlan:
-    megatron, generate = config.megatron_training, config.generate_config
+    megatron, generate = config.actor_config, config.generate_config
     return DataPlan(
         train_path=_absolute(megatron.data_path),
         hf_path=hf_path,
@@ -221,7 +221,7 @@ def _reward(config: Config, vision: bool) -> RewardPlan:
 
 
 def _recipe(config: Config) -> RecipePlan:
-    rl, dapo = config.rl_config, config.megatron_training.stage == "ray_dapo"
+    rl, dapo = config.rl_config, config.actor_config.stage == "ray_dapo"
     return RecipePlan(
         algorithm="dapo" if dapo else "grpo",
         clip_ratio_low=rl.clip_ratio_low if rl.clip_higher_enable else rl.clip_ratio,
@@ -244,7 +244,7 @@ def _recipe(config: Config) -> RecipePlan:
 def _notes(config: Config, vision: bool) -> list[str]:
     """What a user of the reference system may not expect."""
     rl, notes = config.rl_config, []
-    if config.megatron_training.stage == "ray_dapo" and rl.init_kl_coef and "init_kl_coef" in rl.model_fields_set:
+    if config.actor_config.stage == "ray_dapo" and rl.init_kl_coef and "init_kl_coef" in rl.model_fields_set:
         notes.append(f"rl_config: init_kl_coef ({rl.init_kl_coef}) isn't used: ray_dapo has no KL term")
     tagged = [name for name in rl.verifier_function or () if name in ("base_acc", "acc_for_dapo")]
     if vision and tagged:

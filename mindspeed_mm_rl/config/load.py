@@ -43,6 +43,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for name in _ACCEPTED_SECTIONS:
         _sort_section(name, tree.get(name), None, notes, architecture)
     megatron = sections["megatron_training"]
+    # On its own first, so that a mistake is named where it stands.
+    _validate(MegatronConfig, "megatron_training", megatron)
     for name, reason in known_keys.IGNORED_SECTIONS.items():
         if sections[name]:
             _validate(MegatronConfig, name, megatron | sections[name])
@@ -52,7 +54,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return Config(
         name=path.stem,
         folder=str(folder),
-        megatron_training=_validate(MegatronConfig, "megatron_training", megatron),
         actor_config=_validate(MegatronConfig, "actor_config", megatron | sections["actor_config"]),
         rl_config=_validate(RLConfig, "rl_config", sections["rl_config"]),
         generate_config=_validate(GenerateConfig, "generate_config", sections["generate_config"]),
@@ -142,7 +143,8 @@ def _sort_section(name: str, content: Any, model: type[BaseModel] | None, notes:
         elif f"{name}.{key}" in known_keys.DERIVED:
             _sort_section(f"{name}.{key}", value, None, notes, architecture)
         else:
-            known = [*(model.model_fields if model else ()), *derived, *refused, *spellings]
+            inner = [section.removeprefix(f"{name}.") for section in known_keys.DERIVED if section.startswith(f"{name}.")]
+            known = [*(model.model_fields if model else ()), *derived, *refused, *spellings, *inner]
             raise ValueError(f"unknown key {name}.{key}" + _nearest(key, known))
     return acting
 

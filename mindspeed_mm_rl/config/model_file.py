@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 _PARTS = ("image_encoder", "text_decoder")
+_INNER = ("vision_encoder", "vision_projector")
+_CHOICES: dict[str, tuple[Any, ...]] = {"freeze": (True, False), "recompute_granularity": ("full", "selective")}
+_SPLIT = "pipeline_num_layers"
+_OTHER_PARTS = ("text_encoder", "video_encoder")
+_TYPO = 0.9
+"""Users' model files hold dozens of keys that don't act here: only one that looks like a mistyped acting key is an error."""
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Name in a model file -> path in a Hugging Face config.json, per part. Numbers only: names of variants differ between the two worlds.
@@ -106,17 +113,47 @@ def _named(content: dict[str, Any], name: Any) -> dict[str, Any]:
     inner = content.get(name) if isinstance(name, str) else None
     if inner is None and len(content) == 1 and not set(content) & set(_PARTS):
         inner = next(iter(content.values()))
-    return inner if isinstance(inner, dict) else content
+    named = inner if isinstance(inner, dict) else content
+    # Both: a mistyped section that stands alone would pass for a name.
+    for keys in (content, named):
+        _check_keys(keys, "model")
+    return named
+
+
+def _check_keys(content: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a value that an acting key can't have, and for a key that looks like a mistyped one."""
+    acting = (*_PARTS, *_INNER, *_CHOICES, _SPLIT)
+    for key, value in content.items():
+        if key in (*_PARTS, *_INNER):
+            if not isinstance(value, dict | None):
+                raise ValueError(f"{where}.{key} must be a section of key: value lines, not {value!r}")
+            _check_keys(value or {}, f"{where}.{key}")
+        elif key in _CHOICES:
+            if value is not None and value not in _CHOICES[key]:
+                raise ValueError(f"{where}.{key}: {value!r} isn't allowed; choose {', '.join(map(str, _CHOICES[key]))}")
+        elif key == _SPLIT:
+            if not _is_split(value):
+                raise ValueError(f"{where}.{key} must be a list of numbers, not {value!r}")
+        elif key not in _OTHER_PARTS and (near := difflib.get_close_matches(key, acting, 1, cutoff=_TYPO)):
+            raise ValueError(f"unknown key {where}.{key}; did you mean {near[0]}?")
+
+
+def _is_split(value: Any) -> bool:
+    return all(map(_is_split, value)) if isinstance(value, list) else value is None or isinstance(value, int)
 
 
 def model_choices(model: Mapping[str, Any]) -> ModelChoices:
     """Vision encoder and projector are frozen unless the model file says otherwise."""
     vision, projector = _parts(model)
     return ModelChoices(
-        freeze_vision=bool(vision.get("freeze", True)),
-        freeze_projector=bool(projector.get("freeze", True)),
+        freeze_vision=_frozen(vision),
+        freeze_projector=_frozen(projector),
         recompute=(model.get("text_decoder") or {}).get("recompute_granularity") == "full",
     )
+
+
+def _frozen(part: Mapping[str, Any]) -> bool:
+    return part.get("freeze") in (None, True)
 
 
 def _parts(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -127,7 +164,18 @@ def _parts(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def read_hf_config(folder: str) -> dict[str, Any] | None:
     """config.json of a Hugging Face folder; None when there is none."""
     path = Path(folder) / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ValueError that names the file when it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
 
 
 def is_vision_model(hf: Mapping[str, Any] | None, model: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ class OptimizerPlan:
     warmup_updates: int
     """Optimizer steps of linear warm-up from 0."""
     decay_updates: int
-    """Optimizer steps until min_lr is reached (all of the run)."""
+    """Optimizer steps of the whole run; min_lr is what the one after the last would have."""
     weight_decay: float
     adam_beta1: float
     adam_beta2: float

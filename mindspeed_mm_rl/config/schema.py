@@ -16,7 +16,7 @@ NonNegative = Field(ge=0)
 class Section(BaseModel):
     """Frozen, refuses unknown keys; the string under a field is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class MegatronConfig(Section):
@@ -46,7 +46,7 @@ class MegatronConfig(Section):
     """true: rows in file order."""
     num_workers: int = Field(2, ge=0)
     """Threads that decode pictures ahead of their use; 0 = when needed."""
-    seed: int = 1234
+    seed: int = Field(1234, ge=0)
     """Of the data order, of random states, and of sampling unless sampling_config.seed is given."""
     bf16: bool = True
     """false: training in float32."""
@@ -206,7 +206,7 @@ class SamplingConfig(Section):
     """Longest response, end token included."""
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by it when sampling and in the loss."""
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0)
     """Of sampling; null = megatron_training.seed."""
 
 
@@ -240,12 +240,12 @@ class GenerateConfig(Section):
 
 
 class Config(Section):
-    """A checked user configuration. `actor_config` already holds what `megatron_training` says for it."""
+    """A checked user configuration."""
 
     name: str
     """Name of the YAML without its ending."""
-    megatron_training: MegatronConfig
     actor_config: MegatronConfig
+    """`megatron_training`, overridden by what `actor_config` says."""
     rl_config: RLConfig
     generate_config: GenerateConfig
     model: dict[str, Any]

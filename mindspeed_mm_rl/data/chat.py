@@ -85,8 +85,8 @@ class ChatRenderer:
 def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no usable tokenizer ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # of a damaged tokenizer.json transformers may raise anything
+        raise ValueError(f"{folder} has no usable tokenizer ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
     # Older releases of vision-language models keep the template beside the tokenizer, where only their processor looks.
     beside = folder / "chat_template.json"
     if tokenizer.chat_template is None and beside.is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import struct
 import zlib
@@ -15,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mindspeed_mm_rl.config.model_file import read_json
 from mindspeed_mm_rl.types import GridTHW, ImageInput
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -69,8 +69,8 @@ def read_image_settings(hf_path: str | Path, min_pixels: int, max_pixels: int) -
 def _preprocessor(folder: Path) -> tuple[Path, dict[str, Any]]:
     classic, merged = folder / "preprocessor_config.json", folder / "processor_config.json"
     if classic.is_file():
-        return classic, json.loads(classic.read_text(encoding="utf-8"))
-    if merged.is_file() and (values := json.loads(merged.read_text(encoding="utf-8")).get("image_processor")):
+        return classic, read_json(classic)
+    if merged.is_file() and (values := read_json(merged).get("image_processor")):
         return merged, values
     raise ValueError(f"{folder} has no preprocessor_config.json: copy it from the Hugging Face folder of the vision-language model")
 
@@ -82,7 +82,7 @@ def load_image(encoded: bytes) -> Image.Image:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
     except _DECODE_ERRORS as error:
-        raise ValueError(f"an image is corrupt ({error})") from error
+        raise _corrupt(error) from error
 
 
 def check_image(encoded: bytes) -> tuple[int, int]:
@@ -100,7 +100,13 @@ def check_image(encoded: bytes) -> tuple[int, int]:
             image.load()
         return height, width
     except _DECODE_ERRORS as error:
-        raise ValueError(f"an image is corrupt ({error})") from error
+        raise _corrupt(error) from error
+
+
+def _corrupt(error: Exception) -> ValueError:
+    # Pillow's own words for it hold the address of a buffer.
+    reason = "no picture format that is known" if isinstance(error, UnidentifiedImageError) else error
+    return ValueError(f"an image is corrupt ({reason})")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

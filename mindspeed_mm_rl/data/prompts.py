@@ -52,7 +52,7 @@ class PromptBuilder:
 
     def _token_ids(self, row: Row) -> list[int]:
         if len(row.images) > self._max_images:
-            raise ValueError(f"{len(row.images)} images, but max_images_per_prompt is {self._max_images}")
+            raise ValueError(f"{len(row.images)} images, but generate_config.limit_mm_image_per_prompt is {self._max_images}")
         with self._lock:
             return self.renderer.token_ids(row.messages, len(row.images))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,9 +19,11 @@ them over micro-batches and ranks gives the value of the whole mini-batch."""
 
 @dataclass(frozen=True)
 class UpdateRequest:
-    """One optimizer step: this rank's share of a mini-batch and the denominators of the whole of it."""
+    """One optimizer step: a mini-batch, this rank's rows of it, and the denominators of the whole of it."""
 
     batch: Batch
+    rows: Sequence[int]
+    """May be empty: a rank without samples still takes part in the step."""
     num_loss_tokens: float
     num_sequences: float
 

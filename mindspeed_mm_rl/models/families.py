@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mindspeed_mm_rl.config.model_file import read_json
 
 TEXT_FAMILIES = ("qwen2",)
 VISION_FAMILIES = ("qwen2_5_vl",)
@@ -181,7 +182,4 @@ def _eos_token_ids(folder: Path, raw: Mapping[str, Any], text: Mapping[str, Any]
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a Hugging Face folder that holds config.json")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return read_json(path)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mindspeed_mm_rl.config.model_file import read_json
 from mindspeed_mm_rl.models.names import PARTS, Part
 from mindspeed_mm_rl.models.saved_weights import METADATA_FILE, SavedWeights
 from mindspeed_mm_rl.models.weight_layout import check_hf_shapes, check_megatron_shapes, select_megatron, to_megatron
@@ -158,13 +159,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder).expanduser() / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a Hugging Face folder")
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not a JSON object")
-    return config
+    return read_json(path)
 
 
 def _iteration_folder(path: Path) -> str:

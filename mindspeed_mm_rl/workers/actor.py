@@ -21,6 +21,8 @@ class ActorWorker:
         from mindspeed_mm_rl.platforms import device
 
         device.set_threads(plan.threads)
+        if plan.deterministic:
+            device.make_deterministic()
         device.adapt_megatron()
         from mindspeed_mm_rl.engines.megatron import process_groups
         from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
@@ -32,8 +34,10 @@ class ActorWorker:
         """Trainable parameters."""
         return sum(p.numel() for p in self.engine.policy.parameters() if p.requires_grad)
 
-    def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
-        return self.engine.encode(images)
+    def encode(self, images: dict[str, ImageInput]) -> tuple[dict[str, ImageFeatures], int]:
+        """The encoded table, and how many pictures it holds."""
+        table = self.engine.encode(images)
+        return table, len(table)
 
     def logprobs(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
         return self.engine.logprobs(batch.select(rows), fetched(images))
@@ -46,7 +50,7 @@ class ActorWorker:
     ) -> dict[str, float]:
         from mindspeed_mm_rl.engines.base import UpdateRequest
 
-        return self.engine.update(UpdateRequest(batch.select(rows), num_loss_tokens, num_sequences), fetched(images), policy_loss)
+        return self.engine.update(UpdateRequest(batch, rows, num_loss_tokens, num_sequences), fetched(images), policy_loss)
 
     def publish_weights(self) -> WeightHandle:
         return self.engine.publish_weights()

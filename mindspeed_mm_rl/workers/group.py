@@ -67,16 +67,13 @@ class ActorGroup:
 
     def encode(self, images: dict[str, ImageInput]) -> list[Any]:
         """Every picture once, shared out over the ranks; object refs of the encoded tables, finished, which the driver never holds."""
-        import ray
-
         keys = list(images)
         shares = balanced_shares([math.prod(images[key].grid_thw) for key in keys], len(self.workers))
         tables = [{keys[i]: images[keys[i]] for i in share} for share in shares if share]
-        encoded = [worker.encode.remote(table) for worker, table in zip(self.workers, tables, strict=False)]
-        ready, _ = ray.wait(encoded, num_returns=len(encoded), timeout=self.timeout, fetch_local=False)
-        if len(ready) < len(encoded):
-            raise WorkerFailed(f"trainer (vision encoder) did not answer within {self.timeout:.0f} s (rl_config.timeout_seconds)")
-        return encoded
+        pairs = [worker.encode.options(num_returns=2).remote(table) for worker, table in zip(self.workers, tables, strict=False)]
+        # The count says that the table is there, or why not, without bringing it here.
+        _answers([count for _, count in pairs], self.timeout, "trainer (vision encoder)")
+        return [table for table, _ in pairs]
 
     def logprobs(self, batch: Batch, images: list[Any]) -> dict[int, torch.Tensor]:
         return self._by_sample("log-probs", "logprobs", batch, images)

@@ -99,6 +99,9 @@ def test_kl_controllers():
     assert adaptive.coef == pytest.approx(0.01 * 1.01)
     adaptive.update(0.095, 50)  # error -0.05
     assert adaptive.coef == pytest.approx(0.01 * 1.01 * 0.9975)
+    many = KLController(0.01, True, 0.1, 1000.0)
+    many.update(0.0, 8192)  # error -1, clipped at -0.2; more samples than the horizon: never below 0
+    assert many.coef == pytest.approx(0.01 * 0.8)
     resumed = KLController(0.5, True, 0.1, 1000.0)
     resumed.load_state(adaptive.state())
     assert resumed.coef == adaptive.coef

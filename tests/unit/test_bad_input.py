@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,22 @@ def test_a_missing_config_file(tmp_path):
     assert "doesn't exist" in refused(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", "{}", "has no usable tokenizer"),
+        ("preprocessor_config.json", "{", "preprocessor_config.json is not valid JSON"),
+        ("preprocessor_config.json", "[]", "preprocessor_config.json holds a list"),
+    ],
+)
+def test_a_damaged_file_of_the_model_folder_is_named(config, tmp_path, tiny_vl, file, content, words):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_vl, folder)
+    (folder / file).write_text(content)
+    line = refused(config, f"megatron_training.tokenizer_name_or_path={folder}")
+    assert str(folder) in line and words in line, line
+
+
 def test_parquet_without_images(config, tmp_path):
     write_rows(tmp_path / "data", [{key: value for key, value in row(0).items() if key != "images"}])
     line = refused(config)
@@ -186,6 +203,19 @@ def test_a_launch_script_takes_another_config(tmp_path):
         assert (result.returncode, "unknown section rl_confg" in result.stderr) == (2, True)
     missing = launch("dapo_trainer_qwen25vl_tiny.sh", "dapo_trainer_qwen25vl_tny")
     assert (missing.returncode, "did you mean" in missing.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("NNODES", "two"), ("NNODES", "0"), ("NPUS_PER_NODE", "-1"), ("WAIT_SECONDS", "5m")])
+def test_a_variable_that_is_no_number(name, value):
+    result = launch("dapo_trainer_qwen25vl_7b.sh", **({"NNODES": "2", "MASTER_ADDR": "10.0.0.1"} | {name: value}))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {name} is '{value}'; it must be a whole number")
+
+
+def test_an_interface_that_does_not_exist():
+    result = launch("dapo_trainer_qwen25vl_7b.sh", NNODES="2", MASTER_ADDR="10.0.0.1", SOCKET_IFNAME="nowhere0")
+    assert result.returncode == 2
+    assert "error: SOCKET_IFNAME is nowhere0, which has no IPv4 address" in result.stderr
 
 
 def test_several_machines_need_an_address():

@@ -117,6 +117,15 @@ def test_seed_of_sampling(tmp_path):
     assert plan_of(tmp_path, "megatron_training.seed=7", "generate_config.sampling_config.seed=0").rollout.seed == 0
 
 
+def test_actor_config_overrides_keys_of_the_run_too(tmp_path):
+    changes = {"train_iters": 7, "global_batch_size": 32, "seed": 5, "stage": "ray_grpo", "data_path": "/other", "max_pixels": 600000}
+    plan = plan_of(tmp_path, *(f"actor_config.{key}={value}" for key, value in changes.items()))
+    assert (plan.run.train_iters, plan.run.prompts_per_generation, plan.recipe.algorithm) == (7, 32, "grpo")
+    assert (plan.run.seed, plan.train.seed, plan.data.seed, plan.rollout.seed) == (5, 5, 5, 5)
+    assert plan.data.train_path == "/other"
+    assert {part.max_pixels for part in (plan.data, plan.train, plan.rollout)} == {600000}
+
+
 def test_output_is_named_after_the_yaml(tmp_path):
     assert Path(plan_of(tmp_path).run.output).parts[-2:] == ("logs", "run")
 
@@ -133,6 +142,10 @@ BROKEN_RULES = [
     (["generate_config.max_model_len=2559"], r"max_model_len \(2559\) must be >= .*\(512\) \+ .*\(2048\) = 2560"),
     (["rl_config.n_samples_per_prompt=1"], r"n_samples_per_prompt \(1\) must be >= 2"),
     (["rl_config.mini_batch_size=65"], r"\(65 prompts\) must be <= megatron_training.global_batch_size \(64"),
+    (
+        ["rl_config.filter_groups_enable=true", "rl_config.filter_groups_train_batch_size=129", "rl_config.filter_groups_max_batches=2"],
+        r"filter_groups_max_batches \(2\) x .*global_batch_size \(64\) = 128 .*filter_groups_train_batch_size \(129",
+    ),
     (["generate_config.dtype=float32"], r"dtype \(float32\) must be bfloat16, as bf16 is true"),
     (["actor_config.min_lr=1"], r"min_lr \(1.0\) must be <= actor_config.lr \(1e-06\)"),
     (["megatron_training.min_pixels=99999999"], "must be <= megatron_training.max_pixels"),
@@ -198,7 +211,16 @@ def test_a_pipeline_split_of_another_depth_is_an_error(tmp_path):
         make_plan(load_config(DAPO_7B, [hf_path, f"model={tmp_path}/model.json"]))
 
 
+@pytest.mark.parametrize(("content", "message"), [("{", "config.json is not valid JSON"), ("[]", "config.json holds a list")])
+def test_a_damaged_config_json_is_named(tmp_path, content, message):
+    folder = hf_folder(tmp_path / "hf")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{folder}/{message}"):
+        plan_of(tmp_path, f"megatron_training.tokenizer_name_or_path={folder}")
+
+
 def test_a_trainable_encoder_is_sent_pixels(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({"image_encoder": {"vision_encoder": {"freeze": False}}}))
     plan = plan_of(tmp_path, f"model={tmp_path}/model.json")
     assert not plan.train.freeze_vision and plan.train.freeze_projector and not plan.rollout.image_embeds
+    assert plan_of(tmp_path, "model={image_encoder: {vision_encoder: {freeze: null}}}").train.freeze_vision  # null = the default

@@ -59,6 +59,7 @@ def test_mm_layout_on_disk(tiny_vl, tmp_path):
 
 def test_vision_only(tiny_vl, tiny_text, tmp_path, capsys):
     assert hf_to_mm(tiny_vl, tmp_path / "vit", "--cfg.save_vit_only", "true") == 0
+    assert "actor_config.load" not in capsys.readouterr().out
     content = torch.load(tmp_path / "vit" / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=True)
     assert {name.split(".")[0] for name in content["model"]} == {"image_encoder"}
     assert hf_to_mm(tiny_text, tmp_path / "text", "--cfg.save_vit_only", "true") == 2

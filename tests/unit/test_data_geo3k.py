@@ -146,6 +146,8 @@ def test_a_bad_row_is_named_and_what_was_there_stays(tmp_path, capsys, change, m
 def test_files_of_another_kind_are_named(tmp_path, capsys):
     write(tmp_path / "train.parquet", [{"problem": "a", "answer": "b"}])
     assert "train.parquet lacks the column images; it has problem, answer" in refused(capsys, "--local_data", tmp_path)
+    write(tmp_path / "train.parquet", [{"problem": "<image>a", "answer": "b", "images": ["a.png"]}])
+    assert "column images must be a list of {bytes, path}, not list" in refused(capsys, "--local_data", tmp_path)
     (tmp_path / "train.parquet").write_bytes(b"noise")
     assert "train.parquet is not a readable parquet file" in refused(capsys, "--local_data", tmp_path)
 

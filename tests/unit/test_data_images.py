@@ -139,7 +139,7 @@ def test_corrupt_images_are_refused(kind, check):
     good = png(120, 90, kind=kind)
     check(good)
     for bad in (b"", b"not an image", good[: len(good) // 2], good[:40]):
-        with pytest.raises(ValueError, match="corrupt"):
+        with pytest.raises(ValueError, match=r"corrupt \([^<]+\)"):
             check(bad)
 
 

@@ -145,7 +145,7 @@ def test_image_tokens_count_towards_the_length(open_loader):
         (row(images=[png(56, 56)[:200]]), "row 2: an image is corrupt"),
         (row(images=[]), "row 2: the prompt has 1 <image> markers but the row has 0 images"),
         (row(answer=None) | {"reward_model": {"style": "rule", "ground_truth": ""}}, "row 2: the answer is missing"),
-        (row("<image>" * 5, [png(28, 28)] * 5), "row 2: 5 images, but max_images_per_prompt is 4"),
+        (row("<image>" * 5, [png(28, 28)] * 5), "row 2: 5 images, but generate_config.limit_mm_image_per_prompt is 4"),
         (row(images=[png(4, 900)]), "row 2: an image of 4 x 900 pixels has an aspect ratio over 200"),
     ],
 )

@@ -61,6 +61,19 @@ def test_every_sink_gets_every_iteration(tmp_path):
     assert len(read_records(tmp_path / "metrics.jsonl")) == 2
 
 
+def test_tensorboard_shows_what_the_file_holds_after_a_resumed_and_a_new_run(tmp_path):
+    for resume_from, steps in ((0, [1, 2, 3, 4]), (2, [3]), (0, [1])):
+        log = open_metric_log(tmp_path, 4, resume_from, use_tensorboard=True, print_line=lambda line: None)
+        for step in steps:
+            log.record(step, {"dapo/score/mean": len(steps)})
+        log.close()
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        shown = [(event.step, event.value) for event in events.Scalars("train/dapo/score/mean")]
+        kept = [(record["iteration"], record["dapo/score/mean"]) for record in read_records(tmp_path / "metrics.jsonl")]
+        assert shown == kept
+
+
 def test_the_table_has_first_and_last_and_at_most_a_dozen_rows():
     records = [{"iteration": step, "dapo/score/mean": step / 100} for step in range(1, 81)]
     rows = render_table(records, report_columns("dapo")).splitlines()

@@ -18,6 +18,7 @@ from mindspeed_mm_rl.engines.base import UpdateRequest
 from mindspeed_mm_rl.types import Batch, ImageInput, Ragged
 from mindspeed_mm_rl.weights.host import read_views
 from tests.plans import MAX_PIXELS, MIN_PIXELS, optimizer_plan, train_plan
+from tests.tiny import make_tiny_vl
 
 RELATIVE = 1e-5
 GRPO = functools.partial(clipped_policy_loss, settings=PolicyLossSettings(0.2, 0.28))
@@ -71,7 +72,7 @@ def batch(make_engine: MakeEngine, images: dict[str, ImageInput]) -> Batch:
 
 
 def request(batch: Batch) -> UpdateRequest:
-    return UpdateRequest(batch, float(batch.loss_mask.values.sum()), float(len(batch)))
+    return UpdateRequest(batch, range(len(batch)), float(batch.loss_mask.values.sum()), float(len(batch)))
 
 
 def gradients(
@@ -175,6 +176,29 @@ def test_learning_rate_warms_up_from_the_first_update(make_engine: MakeEngine, b
     assert [engine.update(request(batch), features, GRPO)["lr"] for _ in range(5)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
 
 
+def rates(engine: object, batch: Batch, features: dict, updates: int) -> list[float]:
+    return [engine.update(request(batch), features, GRPO)["lr"] for _ in range(updates)]
+
+
+def test_every_update_of_a_run_has_a_learning_rate(make_engine: MakeEngine, batch: Batch, images: dict) -> None:
+    decaying = make_engine(optimizer=optimizer_plan(lr=1e-3, lr_decay_style="linear", decay_updates=3))
+    features = decaying.encode(images)
+    assert rates(decaying, batch, features, 3) == pytest.approx([7.5e-4, 5e-4, 2.5e-4])
+    warming = make_engine(optimizer=optimizer_plan(lr=1e-3, lr_decay_style="linear", decay_updates=2, warmup_updates=2))
+    assert rates(warming, batch, features, 2) == pytest.approx([5e-4, 1e-3])
+
+
+def test_a_continued_run_has_the_learning_rate_of_its_own_plan(make_engine: MakeEngine, batch: Batch, images: dict, tmp_path: Path) -> None:
+    engine = make_engine(optimizer=optimizer_plan(lr=1e-3, lr_decay_style="linear", decay_updates=2))
+    features = engine.encode(images)
+    rates(engine, batch, features, 2)
+    engine.save(tmp_path)
+    longer = make_engine(optimizer=optimizer_plan(lr=2e-3, adam_beta2=0.9, lr_decay_style="linear", decay_updates=4))
+    longer.load(tmp_path)
+    assert rates(longer, batch, features, 2) == pytest.approx([8e-4, 4e-4])
+    assert all(group["betas"] == (0.9, 0.9) for group in longer.optimizer.param_groups)
+
+
 def test_a_gap_over_the_bound_stops_before_anything_changes(make_engine: MakeEngine, batch: Batch, images: dict) -> None:
     engine = make_engine(logprob_gap_bound=0.05)
     features = engine.encode(images)
@@ -199,11 +223,32 @@ def test_a_save_continues_bit_by_bit(make_engine: MakeEngine, batch: Batch, imag
         assert torch.equal(left, right), name
 
 
-def test_reference_logprobs_stay_those_of_the_start(make_engine: MakeEngine, batch: Batch, images: dict) -> None:
-    engine = make_engine(with_reference=True)
+def test_weights_alone_of_a_save_are_those_that_train_on(make_engine: MakeEngine, batch: Batch, images: dict, tmp_path: Path) -> None:
+    """In bfloat16 the optimizer has a float32 copy of its own, which would put the old weights back."""
+    engine = make_engine(dtype="bfloat16")
     features = engine.encode(images)
+    engine.update(request(batch), features, GRPO)
+    engine.save(tmp_path)
+    other = make_engine(dtype="bfloat16", no_load_optim=True, optimizer=optimizer_plan(lr=0.0))
+    other.load(tmp_path)
+    other.update(request(batch), features, GRPO)
+    for (name, left), right in zip(engine.policy.named_parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen_vision", "trained_vision"])
+def test_reference_logprobs_stay_those_of_the_start(make_engine: MakeEngine, batch: Batch, images: dict, frozen: bool) -> None:
+    engine = make_engine(with_reference=True, freeze_vision=frozen, freeze_projector=frozen)
+    features = engine.encode(images) if frozen else images
     before = engine.logprobs(batch, features)
     engine.update(request(batch), features, GRPO)
     after, reference = engine.logprobs(batch, features), engine.ref_logprobs(batch, features)
     assert all(torch.equal(reference[i], before[i]) for i in batch.sample_ids)
     assert any((after[i] - before[i]).abs().max() > 1e-3 for i in batch.sample_ids)
+
+
+def test_a_reference_with_another_frozen_vision_encoder_is_refused(make_engine: MakeEngine, tmp_path: Path) -> None:
+    other = make_tiny_vl(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"vision encoder is frozen, but image_encoder\.\S+ of the reference .*other.* differs"):
+        make_engine(with_reference=True, reference_load=str(other))
+    make_engine(with_reference=True, reference_load=str(other), freeze_projector=False)

@@ -146,6 +146,9 @@ def _open(file: Path) -> pq.ParquetFile:
         raise ValueError(f"{file} is not a readable parquet file ({error})") from error
     if missing := [name for name in SOURCE_COLUMNS if name not in reader.schema_arrow.names]:
         raise ValueError(f"{file} lacks the column {', '.join(missing)}; it has {', '.join(reader.schema_arrow.names)}")
+    kind = reader.schema_arrow.field("images").type
+    if not (pa.types.is_null(kind) or pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)):
+        raise ValueError(f"{file}: column images must be a list of {{bytes, path}}, not {kind}")
     return reader
 
 

@@ -59,6 +59,7 @@ class Model:
             str(folder),
             dtype="float32",
             enforce_eager=True,
+            use_tqdm_on_load=False,
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=PICTURES_AT_A_TIME * 4,
             max_num_batched_tokens=PICTURES_AT_A_TIME * MAX_MODEL_LEN,

@@ -22,12 +22,23 @@ launch() {
         DEFAULT_YAML="$1"
         shift
     fi
+    check_number NNODES 1
+    check_number NPUS_PER_NODE 0
+    check_number WAIT_SECONDS 1
     use_environment
     preload_jemalloc
     if [[ "$NNODES" == 1 ]]; then
         train "$@"
     else
         launch_on_several "$@"
+    fi
+}
+
+# check_number NAME LEAST
+check_number() {
+    if [[ ! "${!1}" =~ ^[0-9]{1,9}$ ]] || ((10#${!1} < $2)); then
+        echo "error: $1 is '${!1}'; it must be a whole number, at least $2" >&2
+        exit 2
     fi
 }
 
@@ -79,6 +90,10 @@ launch_on_several() {
         return 2
     fi
     CURRENT_IP="${CURRENT_IP:-$(own_address)}"
+    if [[ -z "$CURRENT_IP" ]]; then
+        echo "error: SOCKET_IFNAME is ${SOCKET_IFNAME:-not set}, which has no IPv4 address here: correct it, or set CURRENT_IP" >&2
+        return 2
+    fi
     export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}" RAY_USAGE_STATS_ENABLED=0
     local resources='{}'
     if [[ -e /dev/davinci_manager ]]; then resources="{\"NPU\": $NPUS_PER_NODE}"; fi
@@ -95,7 +110,7 @@ launch_on_several() {
 
 own_address() {
     if [[ -n "${SOCKET_IFNAME:-}" ]]; then
-        ip -4 -o addr show "$SOCKET_IFNAME" | awk '{ sub("/.*", "", $4); print $4; exit }'
+        { ip -4 -o addr show "$SOCKET_IFNAME" 2>/dev/null || true; } | awk '{ sub("/.*", "", $4); print $4; exit }'
     else
         hostname -I | awk '{ print $1 }'
     fi

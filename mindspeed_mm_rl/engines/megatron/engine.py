@@ -48,6 +48,8 @@ class MegatronTrainEngine:
         self._finish_config()
         self.image_settings = read_image_settings(plan.hf_path, plan.min_pixels, plan.max_pixels) if self.architecture.vision else None
         self.vision_is_frozen = plan.freeze_vision and plan.freeze_projector
+        if self.reference is not None and self.vision_is_frozen:
+            self._check_shared_vision(self.reference)
         self.entropy_bonus = entropy_bonus
         self.publish_vision = publish_vision
         self.buffer: HostBuffer | None = None
@@ -67,6 +69,17 @@ class MegatronTrainEngine:
         )
         policy.load_weights(read_megatron_weights(weights, self.architecture.raw))
         return policy
+
+    def _check_shared_vision(self, reference: Any) -> None:
+        """A frozen vision encoder runs once for policy and reference, so it must be the same in both."""
+        others = reference.weights()
+        for name, parameter in self.policy.weights().items():
+            if name.startswith("image_encoder.") and not torch.equal(parameter, others[name]):
+                raise ValueError(
+                    f"the vision encoder is frozen, but {name} of the reference ({self.plan.reference_load}, "
+                    f"rl_config.integrated_mode_config.ref_model_load_path) differs from that of actor_config.load ({self.plan.load}): "
+                    "give a reference with the same vision encoder, or set freeze: false in the model file"
+                )
 
     def _finish_config(self) -> None:
         from megatron.core.distributed import finalize_model_grads
@@ -89,33 +102,33 @@ class MegatronTrainEngine:
         patches = [_num_patches(images[key]) for key in keys]
         for group in micro_batches(patches, _PATCHES_PER_ENCODE):
             chosen = [images[keys[i]] for i in group]
-            for image, embeddings in zip(chosen, self._encode(chosen), strict=True):
+            for image, embeddings in zip(chosen, self._encode(self.policy, chosen), strict=True):
                 features[image.key] = ImageFeatures(embeddings.cpu(), image.grid_thw)
         return features
 
-    def _encode(self, images: list[ImageInput]) -> list[torch.Tensor]:
+    def _encode(self, policy: Any, images: list[ImageInput]) -> list[torch.Tensor]:
         if self.image_settings is None:
             raise ValueError(f"{self.plan.hf_path}: the model has no vision encoder but a prompt has {len(images)} picture(s)")
         pixels, grids = pixel_values(images, self.image_settings)
-        embeddings = self.policy.encode_images(pixels.to(device.current(), self.dtype), grids)
+        embeddings = policy.encode_images(pixels.to(device.current(), self.dtype), grids)
         return list(embeddings.split([image.num_tokens(self.image_settings.merge_size) for image in images]))
 
-    def _image_features(self, micro: MicroBatch, images: Images) -> torch.Tensor | None:
-        """[image tokens, hidden] in packed order; a trainable encoder is run here, inside the gradient."""
+    def _image_features(self, policy: Any, micro: MicroBatch, images: Images) -> torch.Tensor | None:
+        """[image tokens, hidden] in packed order; a trainable encoder is run here, inside the gradient, each policy's own."""
         if not micro.image_keys:
             return None
         distinct = {key: images[key] for key in micro.image_keys}
         pixels = [image for image in distinct.values() if isinstance(image, ImageInput)]
         embedded = {key: image.embeddings.to(device.current()) for key, image in distinct.items() if isinstance(image, ImageFeatures)}
         if pixels:
-            embedded |= dict(zip([image.key for image in pixels], self._encode(pixels), strict=True))
+            embedded |= dict(zip([image.key for image in pixels], self._encode(policy, pixels), strict=True))
         return torch.cat([embedded[key] for key in micro.image_keys])
 
     # ------------------------------------------------------------------ forward
 
     def _forward(self, policy: Any, micro: MicroBatch, images: Images) -> torch.Tensor:
         layout = policy.layout(micro.token_rows, grids_by_row(micro, images))
-        return policy(micro.tokens.to(device.current()), layout, self._image_features(micro, images))
+        return policy(micro.tokens.to(device.current()), layout, self._image_features(policy, micro, images))
 
     def _logprobs(self, policy: Any, micro: MicroBatch, hidden: torch.Tensor, entropy_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return token_logprobs(
@@ -153,7 +166,7 @@ class MegatronTrainEngine:
         """Raises RuntimeError, before the optimizer step, when trainer and rollout engine disagree by more than the bound."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        micros = self._in_step(request.batch)
+        micros = self._in_step(request)
         gaps: list[torch.Tensor] = []
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -174,11 +187,12 @@ class MegatronTrainEngine:
             raise RuntimeError(f"the optimizer skipped a step: the gradient is not finite (norm {grad_norm})")
         return metrics | {"grad_norm": float(grad_norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
 
-    def _in_step(self, batch: Batch) -> list[MicroBatch]:
-        """Every data-parallel rank runs the same number of micro-batches; a short rank repeats its first sample without weight."""
-        micros = [pack(batch, rows) for rows in self._micro_batches(batch)]
+    def _in_step(self, request: UpdateRequest) -> list[MicroBatch]:
+        """Every data-parallel rank runs the same number of micro-batches; a short rank runs a sample without weight."""
+        share = request.batch.select(request.rows)
+        micros = [pack(share, rows) for rows in self._micro_batches(share)]
         rounds = int(process_groups.data_parallel_max(len(micros)))
-        return micros + [pack(masked(batch), [0])] * (rounds - len(micros))
+        return micros + [pack(masked(request.batch), [0])] * (rounds - len(micros))
 
     def _training_step(
         self,
@@ -233,6 +247,9 @@ class MegatronTrainEngine:
         plan = self.plan
         optimizer = None if plan.finetune or plan.no_load_optim else self.optimizer
         saves.load(folder, self.policy, optimizer, self.schedule, with_rng=not (plan.finetune or plan.no_load_rng))
+        if optimizer is None:
+            # In bfloat16 it trains float32 copies of its own, and would put the weights from before back.
+            self.optimizer.reload_model_params()
 
 
 def _num_patches(image: ImageInput) -> int:

@@ -50,10 +50,14 @@ def build_schedule(optimizer: Any, plan: OptimizerPlan) -> Any:
         max_lr=plan.lr,
         min_lr=plan.min_lr,
         lr_warmup_steps=plan.warmup_updates,
-        lr_decay_steps=plan.decay_updates,
+        # One more than there are: the last update would otherwise be made with min_lr, which is usually 0.
+        lr_decay_steps=plan.decay_updates + 1,
         lr_decay_style=plan.lr_decay_style,
         start_wd=plan.weight_decay,
         end_wd=plan.weight_decay,
         wd_incr_steps=plan.decay_updates,
         wd_incr_style="constant",
+        # A save gives the position alone: with its own end a run that is prolonged would go on at min_lr.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -11,6 +11,8 @@ from mindspeed_mm_rl.platforms import device
 from mindspeed_mm_rl.platforms.compat import megatron_is_0_12
 
 _MODEL_PREFIX = "model."
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+"""What a parameter group has from the plan: a save must not bring back those of the run that wrote it."""
 
 
 def save(folder: Path, policy: Any, optimizer: Any, schedule: Any) -> None:
@@ -30,7 +32,10 @@ def load(folder: Path, policy: Any, optimizer: Any | None, schedule: Any, with_r
     state = dist_checkpointing.load(_sharded_state(policy, optimizer, is_loading=True), str(folder))
     load_policy(policy, state["model"])
     if optimizer is not None:
+        settings = [{key: group[key] for key in _SETTINGS} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
         schedule.load_state_dict(state["schedule"])
     if with_rng:
         device.set_rng_state(state["rng"])

@@ -111,5 +111,8 @@ def receive(llm: LLM, handle: WeightHandle, policy_version: int) -> None:
     llm.update_weights({"update_info": {"handle": handle}})
     llm.finish_weight_update(weight_version=str(policy_version))
     # Keys and values of the old weights, and picture features of the old vision tower.
-    assert llm.reset_prefix_cache(), "the prefix cache is only dropped while no request runs"
+    if not llm.reset_prefix_cache():
+        raise RuntimeError(
+            "rollout: the prefix cache still holds keys and values of the old weights; it is only dropped while no request runs"
+        )
     llm.llm_engine.reset_encoder_cache()
