@@ -14,7 +14,7 @@ _MAX_ROWS = 12
 def report_columns(algorithm: str) -> dict[str, str]:
     """Title -> metric name."""
     return {
-        "reward": f"{algorithm}/score/mean",
+        "reward": "rollout/reward/mean",
         "accuracy": f"{algorithm}/accuracy/mean",
         "length": "response_length/mean",
         "entropy": "actor/entropy",

@@ -11,18 +11,24 @@ finished first.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from tqdm import tqdm
+
 from mindspeed_mm_rl.algorithms.recipes import Recipe
-from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.config.plan import Plan, RecipePlan
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.metrics import Stopwatch
 from mindspeed_mm_rl.rewards.pool import RewardPool
 from mindspeed_mm_rl.rewards.scoring import GroupScores
 from mindspeed_mm_rl.types import Group, Prompt, RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.workers.group import ActorGroup, RolloutGroupStream
+
+_FRUITLESS_BATCHES = 10
+"""Generation batches without a single group to train on after which a run ends: its model cannot learn from this metric."""
 
 Graded = tuple[Prompt, RolloutGroup, Future[GroupScores]]
 
@@ -43,6 +49,33 @@ class Collected:
     num_reward_crashes: int = 0
     """Samples graded wrong because their grading killed its process."""
 
+    def add(self, groups: list[Group], group_filter: Callable[[Group], bool] | None) -> None:
+        """One whole generation batch, in prompt order."""
+        kept = [group for group in groups if group_filter is None or group_filter(group)]
+        self.generated += groups
+        self.groups += kept
+        self.num_filtered += len(groups) - len(kept)
+        self.num_gen_batches += 1
+
+    def trim(self, wanted: int) -> None:
+        self.num_surplus = max(0, len(self.groups) - wanted)
+        self.groups = self.groups[:wanted]
+
+    def check_may_go_on(self, plan: RecipePlan) -> None:
+        """Raises ValueError when another generation batch is over the limit, or when no batch has ever given a group."""
+        if plan.filter_groups and 0 < plan.filter_max_batches <= self.num_gen_batches:
+            raise ValueError(
+                f"rl_config.filter_groups_max_batches ({plan.filter_max_batches}) generation batches gave {len(self.groups)} groups whose "
+                f"samples differ, rl_config.filter_groups_train_batch_size asks for {plan.train_prompts}: raise the limit (-1 = none) or "
+                "n_samples_per_prompt, or use other data"
+            )
+        if self.num_gen_batches >= _FRUITLESS_BATCHES and not self.groups:
+            raise ValueError(
+                f"{self.num_gen_batches} generation batches ({len(self.generated)} groups) gave no group whose samples differ in "
+                f"rl_config.filter_groups_metric {plan.filter_metric!r}; the first group's scores are {self.generated[0].scores}: the "
+                "model never answers in the form that rl_config.verifier_function asks for, or its samples are always alike"
+            )
+
 
 class Collector:
     def __init__(
@@ -59,19 +92,12 @@ class Collector:
         self.actor, self.rollout, self.rewards, self.tokenizer = actor, rollout, rewards, tokenizer
 
     def collect(self, clock: Stopwatch) -> Collected:
-        """Raises ValueError when filter_groups_max_batches generation batches did not give enough groups."""
-        wanted, limit = self.plan.recipe.train_prompts, self.plan.recipe.filter_max_batches
+        """Raises ValueError when there is no use in sampling on (see Collected.check_may_go_on)."""
         collected = Collected()
-        while len(collected.groups) < wanted:
-            if self.recipe.group_filter and 0 < limit <= collected.num_gen_batches:
-                raise ValueError(
-                    f"rl_config.filter_groups_max_batches ({limit}) generation batches gave {len(collected.groups)} groups whose samples "
-                    f"differ, rl_config.filter_groups_train_batch_size asks for {wanted}: raise the limit (-1 = none) or "
-                    "n_samples_per_prompt, or use other data"
-                )
+        while len(collected.groups) < self.plan.recipe.train_prompts:
+            collected.check_may_go_on(self.plan.recipe)
             self._add_generation_batch(collected, clock)
-        collected.num_surplus = len(collected.groups) - wanted
-        collected.groups = collected.groups[:wanted]
+        collected.trim(self.plan.recipe.train_prompts)
         return collected
 
     def _add_generation_batch(self, collected: Collected, clock: Stopwatch) -> None:
@@ -84,13 +110,8 @@ class Collector:
         clock.add("rule_reward", first_finished, time.perf_counter())
         collected.num_reward_timeouts += sum(scores.timeouts for _, _, scores in scored)
         collected.num_reward_crashes += sum(scores.crashes for _, _, scores in scored)
-        groups = [Group(p, r.rollouts, scores.scores, scores.accuracy, scores.rewards) for p, r, scores in scored]
-        kept = [group for group in groups if self.recipe.group_filter is None or self.recipe.group_filter(group)]
-        collected.generated += groups
-        collected.groups += kept
         collected.images += images
-        collected.num_filtered += len(groups) - len(kept)
-        collected.num_gen_batches += 1
+        collected.add([Group(p, r.rollouts, s.scores, s.accuracy, s.rewards) for p, r, s in scored], self.recipe.group_filter)
 
     def _shared_images(self, prompts: list[Prompt], clock: Stopwatch) -> list[Any]:
         """Object refs of tables of the distinct pictures: encoded where the vision encoder is frozen, else as pixels."""
@@ -107,11 +128,14 @@ class Collector:
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
         requests = [RolloutRequest(p.prompt_id, p.token_ids, tuple(image.key for image in p.images), p.expanded_length) for p in prompts]
         graded: list[Graded] = []
+        bar = tqdm(total=len(prompts), desc="rollout", unit="group", disable=None, leave=False)
         first_finished = float("inf")
         for rollouts in self.rollout.generate(requests, images):
             prompt = by_id[rollouts.prompt_id]
             texts = [self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True) for rollout in rollouts.rollouts]
             lengths = [len(rollout.token_ids) for rollout in rollouts.rollouts]
+            bar.update()
             first_finished = min(first_finished, time.perf_counter())
             graded.append((prompt, rollouts, self.rewards.submit(prompt.prompt_id, texts, lengths, prompt.answer, prompt.data_source)))
+        bar.close()
         return first_finished, graded

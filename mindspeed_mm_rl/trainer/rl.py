@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tqdm import tqdm
+
 from mindspeed_mm_rl.algorithms.kl import KLController
 from mindspeed_mm_rl.algorithms.recipes import Recipe
 from mindspeed_mm_rl.config.plan import Plan
@@ -57,7 +59,9 @@ class RLTrainer:
                 batch = replace(batch, advantages=self.recipe.advantages(batch))
             policy_loss = self.recipe.policy_loss(self.kl.coef)
             with clock.measure("update"):
-                for mini in mini_batches(batch, self.plan.run, step):
+                for mini in tqdm(
+                    list(mini_batches(batch, self.plan.run, step)), desc="update", unit="mini-batch", disable=None, leave=False
+                ):
                     updates.append((len(mini), self.actor.update(mini, images, policy_loss)))
             with clock.measure("resharding_to_infer"):
                 self.publish(step)

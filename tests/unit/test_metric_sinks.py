@@ -75,7 +75,7 @@ def test_tensorboard_shows_what_the_file_holds_after_a_resumed_and_a_new_run(tmp
 
 
 def test_the_table_has_first_and_last_and_at_most_a_dozen_rows():
-    records = [{"iteration": step, "dapo/score/mean": step / 100} for step in range(1, 81)]
+    records = [{"iteration": step, "rollout/reward/mean": step / 100} for step in range(1, 81)]
     rows = render_table(records, report_columns("dapo")).splitlines()
     assert rows[1].split()[:2] == ["1", "0.01"]
     assert rows[-1].split()[:3] == ["80", "0.8", "-"]
