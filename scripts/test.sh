@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests; installs what is missing first.
 #
-#   bash scripts/test.sh                     everything that CI runs: lint, unit, parallel, e2e
+#   bash scripts/test.sh [all ...]           everything that CI runs: lint, unit, parallel, e2e
 #   bash scripts/test.sh lint                ruff
 #   bash scripts/test.sh unit [pytest ...]   tests/unit: seconds
 #   bash scripts/test.sh parallel [...]      tests/parallel: several processes over gloo
@@ -22,11 +22,13 @@ unit() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/unit -q "$@"; }
 parallel() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/parallel -q "$@"; }
 e2e() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/e2e -q "$@"; }
 
-everything() {
+all() {
     local verb failed=()
-    for verb in lint unit parallel e2e; do
+    say lint
+    lint || failed+=(lint)
+    for verb in unit parallel e2e; do
         say "$verb"
-        "$verb" || failed+=("$verb")
+        "$verb" "$@" || failed+=("$verb")
     done
     if [ ${#failed[@]} -gt 0 ]; then
         say "failed: ${failed[*]}" >&2
@@ -36,12 +38,12 @@ everything() {
 }
 
 main() {
-    local verb="${1:-everything}"
+    local verb="${1:-all}"
     [ $# -eq 0 ] || shift
     case "$verb" in
-        everything | lint | unit | parallel | e2e) ;;
+        all | lint | unit | parallel | e2e) ;;
         *)
-            echo "[test] error: unknown verb '$verb': say lint, unit, parallel or e2e, or nothing for all of them" >&2
+            echo "[test] error: unknown verb '$verb': say lint, unit, parallel or e2e, or all (the default)" >&2
             exit 2
             ;;
     esac
