@@ -147,8 +147,7 @@ def check_offered(plan: Plan) -> None:
         "actor_config.context_parallel_size": plan.train.context_parallel_size,
         "actor_config.expert_model_parallel_size": plan.train.expert_parallel_size,
         "generate_config.infer_tensor_parallel_size": plan.rollout.tensor_parallel_size,
-        "rl_config.actor_resource.num_npus": plan.run.num_devices,
     }
     for key, value in layout.items():
         if value != 1:
-            raise ValueError(f"{key}: {value} isn't offered in this version, which trains on one device; set it to 1 (add {key}=1)")
+            raise ValueError(f"{key}: {value} isn't offered in this version, which trains data-parallel only; set it to 1 (add {key}=1)")

@@ -63,9 +63,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _threads() -> int:
-    # Train and rollout take turns, so the one that computes gets every core.
-    return _cores() if device.kind() == "cpu" else 0
+def _threads(config: Config) -> int:
+    # Train and rollout take turns, so the processes of the phase that computes share every core.
+    return max(1, _cores() // config.rl_config.actor_resource.num_npus) if device.kind() == "cpu" else 0
 
 
 def _dtype(config: Config) -> Dtype:
@@ -137,7 +137,7 @@ def _train(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
         no_load_rng=actor.no_load_rng,
         finetune=actor.finetune,
         timeout_seconds=rl.timeout_seconds,
-        threads=_threads(),
+        threads=_threads(config),
         logprob_gap_bound=bound if bound is not None else _FLOAT32_GAP_BOUND if not actor.bf16 else 0.0,
     )
 
@@ -182,7 +182,7 @@ def _rollout(config: Config, hf_path: str, image_embeds: bool) -> RolloutPlan:
         max_pixels=megatron.max_pixels,
         tensor_parallel_size=generate.infer_tensor_parallel_size,
         trust_remote_code=generate.trust_remote_code,
-        threads=_threads(),
+        threads=_threads(config),
         timeout_seconds=config.rl_config.timeout_seconds,
     )
 

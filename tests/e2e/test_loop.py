@@ -101,15 +101,16 @@ def check_records(records: list[dict[str, float]], algorithm: str) -> None:
 
 def check_throughput(record: dict[str, float], plan: Plan) -> None:
     """tps recomputed from the file: (mean response + mean prompt) * prompts * samples / devices / seconds."""
-    tokens = (record["response_length/mean"] + record["prompt_length/mean"]) * plan.run.samples_per_prompt
+    tokens = (record["response_length/mean"] + record["prompt_length/mean"]) * plan.run.samples_per_prompt / plan.run.num_devices
     generated = tokens * plan.run.prompts_per_generation * record["train/num_gen_batches"]
     assert record["e2e_tps"] == pytest.approx(generated / record["timing/all"])
     assert record["vllm_tps"] == pytest.approx(generated / record["timing/rollout"])
     assert record["update_tps"] == pytest.approx(tokens * plan.recipe.train_prompts / record["timing/update"])
 
 
-def test_dapo_filters_refills_saves_and_continues(tiny_vl: Path, parquet: Path, tmp_path: Path) -> None:
+def test_dapo_on_two_devices_filters_refills_saves_and_continues(tiny_vl: Path, parquet: Path, tmp_path: Path) -> None:
     plan = dapo(whole_plan(tiny_vl, parquet, tmp_path))
+    plan = replace(plan, run=replace(plan.run, num_devices=2))
     build.run(plan)
     records = read_records(tmp_path / "logs" / "metrics.jsonl")
     assert [record["iteration"] for record in records] == [1, 2, 3]
