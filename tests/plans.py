@@ -147,12 +147,9 @@ def run_plan(output: Path, **changes: Any) -> RunPlan:
         keep_last=0,
         output=str(output / "logs"),
         num_devices=1,
-        num_nodes=1,
         device="cpu",
         timeout_seconds=120.0,
         use_tensorboard=True,
-        use_wandb=False,
-        use_swanlab=False,
         log_max_throughput=False,
         seed=7,
     )

@@ -97,12 +97,9 @@ def _run(config: Config) -> RunPlan:
         keep_last=config.actor_config.keep_last,
         output=_absolute(rl.output or f"logs/{config.name}"),
         num_devices=rl.actor_resource.num_npus,
-        num_nodes=1,
         device=device.kind(),
         timeout_seconds=rl.timeout_seconds,
         use_tensorboard=rl.use_tensorboard,
-        use_wandb=False,
-        use_swanlab=False,
         log_max_throughput=rl.log_max_throughput,
         seed=megatron.seed,
     )

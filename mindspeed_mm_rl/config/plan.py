@@ -176,12 +176,9 @@ class RunPlan:
     output: str
     """Folder for metrics.jsonl, tensorboard, table and picture."""
     num_devices: int
-    num_nodes: int
     device: Literal["cpu", "cuda", "npu"]
     timeout_seconds: float
     use_tensorboard: bool
-    use_wandb: bool
-    use_swanlab: bool
     log_max_throughput: bool
     seed: int
 
