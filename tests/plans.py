@@ -145,6 +145,7 @@ def run_plan(output: Path, **changes: Any) -> RunPlan:
         save=str(output / "save"),
         save_interval=100,
         keep_last=0,
+        resume="auto",
         output=str(output / "logs"),
         num_devices=1,
         device="cpu",

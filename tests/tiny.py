@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ class TinySizes:
     intermediate: int = 256
     layers: int = 2
     heads: int = 4
-    """Head size is hidden / heads; vLLM asks for at least 32."""
     kv_heads: int = 2
+    head_dim: int = 0
+    """0 = hidden / heads; vLLM asks for at least 32. Qwen2 has no such key."""
     vocab: int = 512
     tied: bool = False
     vision_hidden: int = 64
@@ -52,6 +54,14 @@ class TinySizes:
     weight_std: float = 0.05
 
 
+_TEXT_MODELS = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+@functools.cache
 def _tokenizer(vocab: int) -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -109,13 +119,15 @@ def _save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTraine
     tokenizer.save_pretrained(folder)
 
 
-def make_tiny_text(folder: Path | str, seed: int = 0, **sizes) -> Path:
-    """A random Qwen2 (text only) in `folder`; `sizes` are fields of TinySizes."""
+def make_tiny_text(folder: Path | str, seed: int = 0, family: str = "qwen2", rope: dict | None = None, **sizes) -> Path:
+    """A random text model in `folder`; family: a key of _TEXT_MODELS; rope: rope_parameters to add; `sizes` are fields of TinySizes."""
     chosen = TinySizes(**sizes)
     tokenizer = _tokenizer(min(chosen.vocab, 2048))
-    config = transformers.Qwen2Config(**_text_config(chosen, tokenizer), rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    config_class, model_class = _TEXT_MODELS[family]
+    config = _text_config(chosen, tokenizer) | ({"head_dim": chosen.head_dim} if chosen.head_dim else {})
+    rope_parameters = {"rope_type": "default", "rope_theta": 10000.0} | (rope or {})
     torch.manual_seed(seed)
-    _save(transformers.Qwen2ForCausalLM(config), tokenizer, Path(folder))
+    _save(model_class(config_class(**config, rope_parameters=rope_parameters)), tokenizer, Path(folder))
     return Path(folder)
 
 

@@ -1,32 +1,50 @@
-"""How good each sample was compared with what could be expected."""
+"""How good each sample, or each of its tokens, was compared with what could be expected."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mindspeed_mm_rl.types import Batch, Ragged
 
 _STD_EPSILON = 1e-6
+_VARIANCE_EPSILON = 1e-8
+
+GroupEstimate = Callable[[torch.Tensor], torch.Tensor]
+"""rewards [prompts, samples of a prompt] -> advantages of the same shape, float64."""
 
 
-def group_normalised(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """(reward - mean) / (std + 1e-6) within each prompt's samples, unbiased std (GRPO, arXiv 2402.03300, section 4.1.2).
+def group_centred(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """reward - mean within each prompt's samples (Dr. GRPO, arXiv 2503.20783, section 3.2: without the bias of dividing by the std).
 
     rewards_PG: [prompts, samples of a prompt]; the answer is float64 of the same shape.
 
     Raises:
-        ValueError: fewer than 2 samples: one sample has no spread, its advantage would be 0 / 0.
+        ValueError: fewer than 2 samples: a sample can't be compared with itself.
     """
     if rewards_PG.dim() != 2 or rewards_PG.shape[1] < 2:
         raise ValueError(
-            "rl_config.adv_estimator group_norm compares the samples of one prompt, so rl_config.n_samples_per_prompt must be >= 2, "
-            f"but rewards came as {list(rewards_PG.shape)} (prompts, samples)"
+            "this algorithm compares the samples of one prompt (rl_config.adv_estimator group_norm and its relatives), so "
+            f"rl_config.n_samples_per_prompt must be >= 2, but rewards came as {list(rewards_PG.shape)} (prompts, samples)"
         )
     rewards_PG = rewards_PG.to(torch.float64)
     # Shifted by the first sample so that equal rewards give exactly 0, whatever the rounding of their mean.
     shifted_PG = rewards_PG - rewards_PG[:, :1]
-    centred_PG = shifted_PG - shifted_PG.mean(dim=1, keepdim=True)
+    return shifted_PG - shifted_PG.mean(dim=1, keepdim=True)
+
+
+def group_normalised(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """(reward - mean) / (std + 1e-6) within each prompt's samples, unbiased std (GRPO, arXiv 2402.03300, section 4.1.2)."""
+    centred_PG = group_centred(rewards_PG)
     return centred_PG / (centred_PG.square().sum(dim=1, keepdim=True).div(rewards_PG.shape[1] - 1).sqrt() + _STD_EPSILON)
+
+
+def leave_one_out(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """reward - mean of the prompt's other samples (RLOO, arXiv 2402.14740): (reward - mean) * n / (n - 1), an unbiased baseline."""
+    samples = rewards_PG.shape[-1]
+    return group_centred(rewards_PG) * (samples / max(samples - 1, 1))
 
 
 def per_token(values_B: torch.Tensor, lengths: tuple[int, ...]) -> Ragged:
@@ -36,9 +54,79 @@ def per_token(values_B: torch.Tensor, lengths: tuple[int, ...]) -> Ragged:
     return Ragged(values_B.to(torch.float32).repeat_interleave(torch.tensor(lengths, dtype=torch.int64)), tuple(lengths))
 
 
-def group_advantages(batch: Batch) -> Ragged:
-    """Group-normalised rewards of a batch, one value per response token."""
+def group_advantages(batch: Batch, penalty: Ragged | None = None, estimate: GroupEstimate = group_normalised) -> Ragged:
+    """`estimate` of a batch's rewards, one value per response token.
+
+    penalty: what each token costs (a KL term, coefficient included); a response's sum is taken off its reward.
+    """
     if len(batch) % batch.samples_per_prompt:
         raise ValueError(f"{len(batch)} samples are not whole groups of samples_per_prompt {batch.samples_per_prompt}")
-    rewards_PG = torch.tensor(batch.rewards, dtype=torch.float64).view(-1, batch.samples_per_prompt)
-    return per_token(group_normalised(rewards_PG).flatten(), batch.responses.lengths)
+    rewards_B = torch.tensor(batch.rewards, dtype=torch.float64)
+    if penalty is not None:
+        rewards_B = rewards_B - torch.stack([row.double().sum() for row in penalty.rows()])
+    return per_token(estimate(rewards_B.view(-1, batch.samples_per_prompt)).flatten(), batch.responses.lengths)
+
+
+def token_rewards(batch: Batch, penalty: Ragged | None = None) -> Ragged:
+    """float64 reward of each token: -penalty everywhere, and the sample's reward on its last token inside the loss mask.
+
+    With penalty = coefficient * KL this is the reward of RLHF (arXiv 2203.02155, section 3.4), given token by token.
+    """
+    mask = batch.loss_mask
+    values = torch.zeros(sum(mask.lengths), dtype=torch.float64) if penalty is None else -penalty.values.double() * (mask.values > 0)
+    start = 0
+    for row, reward in zip(mask.rows(), batch.rewards, strict=True):
+        inside = row.nonzero()
+        if len(inside):
+            values[start + int(inside[-1])] += reward
+        start += len(row)
+    return Ragged(values, mask.lengths)
+
+
+def gae(rewards: Ragged, values: Ragged, mask: Ragged, gamma: float, lam: float) -> tuple[Ragged, Ragged]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) and the returns that a critic learns, both float32, 0 outside the mask.
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + V_t. "Next" is the next token inside the
+    mask (what a tool wrote is no step of the policy); behind a response's last one both V and A are 0, also when it was cut off.
+    """
+    reward_TB, value_TB = _columns(rewards), _columns(values)
+    mask_TB = _columns(mask) > 0
+    advantage_TB = torch.zeros_like(value_TB)
+    next_value_B = value_TB.new_zeros(value_TB.shape[1])
+    next_advantage_B = next_value_B
+    for t in reversed(range(len(value_TB))):
+        delta_B = reward_TB[t] + gamma * next_value_B - value_TB[t]
+        next_advantage_B = torch.where(mask_TB[t], delta_B + gamma * lam * next_advantage_B, next_advantage_B)
+        next_value_B = torch.where(mask_TB[t], value_TB[t], next_value_B)
+        advantage_TB[t] = next_advantage_B
+    advantage_TB = advantage_TB * mask_TB
+    return _ragged(advantage_TB, mask.lengths), _ragged(torch.where(mask_TB, advantage_TB + value_TB, 0.0), mask.lengths)
+
+
+def reward_to_go(rewards: Ragged, mask: Ragged, gamma: float) -> Ragged:
+    """Discounted sum of a token's own and all later rewards of its response: GAE with lam 1 and no critic."""
+    nothing = Ragged(torch.zeros(sum(mask.lengths), dtype=torch.float64), mask.lengths)
+    return gae(rewards, nothing, mask, gamma, lam=1.0)[0]
+
+
+def whitened(values: Ragged, mask: Ragged) -> Ragged:
+    """(value - mean) / sqrt(variance + 1e-8) over the masked tokens of the whole batch, unbiased variance; 0 outside the mask.
+
+    Give it the batch of all ranks: with a mean of its own, each rank would pull the policy another way.
+    """
+    inside = mask.values > 0
+    chosen = values.values[inside].double()
+    if len(chosen) < 2:
+        raise ValueError(f"advantages are normalised over the tokens of a batch, which needs at least 2 of them; there are {len(chosen)}")
+    answer = torch.zeros(len(inside))
+    answer[inside] = ((chosen - chosen.mean()) / (chosen.var() + _VARIANCE_EPSILON).sqrt()).float()
+    return Ragged(answer, values.lengths)
+
+
+def _columns(ragged: Ragged) -> torch.Tensor:
+    """[longest row, rows] float64, 0 behind the end of a row."""
+    return pad_sequence(list(ragged.rows())).double()
+
+
+def _ragged(columns_TB: torch.Tensor, lengths: tuple[int, ...]) -> Ragged:
+    return Ragged.from_rows([column[:length] for column, length in zip(columns_TB.T, lengths, strict=True)], torch.float32)

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from mindspeed_mm_rl.types import Batch, Ragged
+
 KLPenalty = Literal["kl", "abs", "mse", "low_var_kl"]
 
 # exp() of a larger difference overflows float32 soon after; the estimate itself is bounded at LOW_VAR_BOUND.
@@ -41,6 +43,18 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: KLPena
     if kind not in _ESTIMATES:
         raise ValueError(f"rl_config.kl_penalty is {kind!r}; it must be one of {', '.join(_ESTIMATES)}")
     return _ESTIMATES[kind](logprobs - ref_logprobs)
+
+
+def token_kl(batch: Batch, kind: KLPenalty) -> Ragged:
+    """Per-token estimate of KL(policy that sampled || reference), 0 outside the loss mask; for a KL term inside the reward.
+
+    Raises:
+        ValueError: the batch has no old or no reference log-probs.
+    """
+    if batch.old_logprobs is None or batch.ref_logprobs is None:
+        raise ValueError("a KL term in the reward needs the batch's old and reference log-probs: fill both columns before the advantages")
+    estimate = kl_estimate(batch.old_logprobs.values.double(), batch.ref_logprobs.values.double(), kind)
+    return Ragged(torch.where(batch.loss_mask.values > 0, estimate, 0.0), batch.loss_mask.lengths)
 
 
 @dataclass

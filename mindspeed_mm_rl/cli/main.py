@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mindspeed_mm_rl.platforms import signals
+
+_USER_ERROR = 2
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback()
 def mm_rl() -> None:
     """RL post-training for language and vision-language models on Ray, megatron-core and vLLM."""
+    # New files are 640 and folders 750, in every process of the run and for libraries that write on their own; a stricter umask stays.
+    os.umask(os.umask(0o077) | 0o027)
 
 
 @app.command()
@@ -23,16 +29,25 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop before training.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Train by GRPO or DAPO."""
-    from mindspeed_mm_rl.cli.train import train_from
+    """Train by GRPO or DAPO.
 
+    Exit codes: 2 for what the user has to mend, 1 for a run that could not go on, 130 and 143 after Ctrl-C and SIGTERM.
+    """
+    signals.stop_on_signals()
     try:
+        # Inside: importing takes seconds, in which somebody may press Ctrl-C.
+        from mindspeed_mm_rl.cli.train import train_from
+
         train_from(config, overrides or [], dry_run)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, signals.StoppedBySignal) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(2) from error
+        code = getattr(error, "exit_code", _USER_ERROR)
+        message = f"{'' if isinstance(error, signals.StoppedBySignal) else 'error: '}{' '.join(str(error).split())}"
+        # Threads that wait for a stuck disk are waited for at the end of the interpreter.
+        signals.end_soon(message, code)
+        print(message, file=sys.stderr)
+        raise typer.Exit(code) from error
 
 
 def main() -> None:

@@ -10,20 +10,34 @@ from typing import Any
 
 from mindspeed_mm_rl.algorithms.filters import check_metric, metric_name
 from mindspeed_mm_rl.config.check import check_offered
-from mindspeed_mm_rl.config.plan import DataPlan, Plan, TrainPlan
+from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.weight_files import WeightFolder, check_weights, read_config
 from mindspeed_mm_rl.rewards.registry import check_verifiers, score_names
+from mindspeed_mm_rl.trainer.resume import Start, start_of
+from mindspeed_mm_rl.trainer.save_folder import SaveFolder
+from mindspeed_mm_rl.trainer.state import free_bytes, save_bytes, size_text
 
 
-def preflight(plan: Plan) -> Iterator[str]:
-    """One line per thing that was found in order; raises ValueError for the first one that isn't."""
+def begin(plan: Plan, dry_run: bool) -> Start:
+    """Where the run begins; a dry run changes nothing in the folder of the saves. Raises ValueError for what no input can mend."""
     check_offered(plan)
     _rewards(plan)
     _output_folders(plan)
-    yield _weights(plan)
-    yield _data(plan.data)
+    if not Path(plan.train.hf_path).is_dir():
+        raise ValueError(f"megatron_training.tokenizer_name_or_path: {plan.train.hf_path} is not a folder; give a Hugging Face folder")
+    if plan.run.save and not dry_run:
+        SaveFolder(Path(plan.run.save)).mend()
+    return start_of(plan)
+
+
+def preflight(start: Start) -> Iterator[str]:
+    """One line per thing that was found in order; raises ValueError for the first one that isn't."""
+    yield _weights(start)
+    if start.plan.run.save:
+        yield _space(start.plan)
+    yield _data(start)
 
 
 def _rewards(plan: Plan) -> None:
@@ -41,19 +55,16 @@ def _output_folders(plan: Plan) -> None:
             raise ValueError(f"{key}: {folder} can't be written to ({existing} is {'read-only' if existing.is_dir() else 'a file'})")
 
 
-def _weights(plan: Plan) -> str:
-    train = plan.train
-    if not Path(train.hf_path).is_dir():
-        raise ValueError(f"megatron_training.tokenizer_name_or_path: {train.hf_path} is not a folder; give a Hugging Face folder")
+def _weights(start: Start) -> str:
+    plan, train = start.plan, start.plan.train
     config = read_config(train.hf_path)
     read_architecture(train.hf_path)
-    found = _checked("actor_config.load", train.load, config)
-    if found.kind == "training" and not train.finetune:
-        _resumable(plan, found.iteration)
+    found = _checked("actor_config.load" if start.save is None else str(start.save), train.load, config)
     if plan.recipe.kl_coef and train.reference_load != train.load:
         _checked("rl_config.integrated_mode_config.ref_model_load_path", train.reference_load, config)
     kind = {"hf": "Hugging Face weights", "mm": "mm-convert weights", "training": f"training save of iteration {found.iteration}"}
-    return f"weights: {kind[found.kind]} in {found.weights}"
+    reference = f"; reference: {start.reference.path} ({start.reference.short})" if start.reference else ""
+    return f"weights: {kind[found.kind]} in {found.weights}{reference}"
 
 
 def _checked(key: str, folder: str, config: dict[str, Any]) -> WeightFolder:
@@ -63,22 +74,22 @@ def _checked(key: str, folder: str, config: dict[str, Any]) -> WeightFolder:
         raise ValueError(f"{key}: {error}") from error
 
 
-def _resumable(plan: Plan, iteration: int | None) -> None:
-    train: TrainPlan = plan.train
-    if plan.recipe.kl_coef and train.reference_load == train.load:
+def _space(plan: Plan) -> str:
+    """A run that has no room for a single save would lose hours of work at its first one."""
+    folder, needed, free = Path(plan.run.save), save_bytes(plan), free_bytes(Path(plan.run.save))
+    if free < needed:
         raise ValueError(
-            f"actor_config.load ({train.load}) is a training save and a KL term is on: give the weights that training started from in "
-            "rl_config.integrated_mode_config.ref_model_load_path"
+            f"actor_config.save: {folder} has room for {size_text(free)} but one save takes about {size_text(needed)}; make room there, "
+            "or name a folder elsewhere"
         )
-    if iteration is not None and iteration >= plan.run.train_iters:
-        raise ValueError(
-            f"actor_config.load ({train.load}) is at iteration {iteration} and megatron_training.train_iters is {plan.run.train_iters}: "
-            "nothing is left to train; raise train_iters"
-        )
+    return f"saves: about {size_text(needed)} each, {size_text(free)} free in {folder}"
 
 
-def _data(plan: DataPlan) -> str:
+def _data(start: Start) -> str:
+    plan = start.plan.data
     with closing(PromptLoader(plan)) as loader:
+        if start.save is not None:
+            loader.load_state(start.contents["data"])
         report = loader.scan()
     dropped = f", {report.too_long} too long (max_prompt_length {plan.max_prompt_length})" if report.too_long else ""
     bad = f", {len(report.bad_rows)} bad (skip_bad_rows), the first: {report.bad_rows[0]}" if report.bad_rows else ""

@@ -17,13 +17,17 @@ def train_from(config: Path, overrides: Sequence[str], dry_run: bool) -> None:
     checked = load_config(config, overrides)
     check(checked)
     # Below this line torch is imported: seconds that a typo in the YAML shouldn't cost.
-    from mindspeed_mm_rl.cli.preflight import preflight
+    from mindspeed_mm_rl.cli.preflight import begin, preflight
     from mindspeed_mm_rl.config.derive import make_plan
 
     console = Console()
     plan = make_plan(checked)
     console.print(render_plan(plan), highlight=False, soft_wrap=True, markup=False)
-    for line in preflight(plan):
+    start = begin(plan, dry_run)
+    if start.is_finished:
+        console.print(start.finished_line, highlight=False, soft_wrap=True, markup=False)
+        return
+    for line in (*start.notes, *preflight(start)):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if dry_run:
         console.print("dry run: everything checked, nothing trained")

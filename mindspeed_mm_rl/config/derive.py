@@ -95,6 +95,7 @@ def _run(config: Config) -> RunPlan:
         save=_absolute(config.actor_config.save),
         save_interval=config.actor_config.save_interval or megatron.train_iters or 0,
         keep_last=config.actor_config.keep_last,
+        resume=rl.resume if rl.resume in ("auto", "off") else _absolute(rl.resume),
         output=_absolute(rl.output or f"logs/{config.name}"),
         num_devices=rl.actor_resource.num_npus,
         device=device.kind(),

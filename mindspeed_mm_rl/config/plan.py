@@ -62,7 +62,7 @@ class TrainPlan:
     no_load_optim: bool
     no_load_rng: bool
     finetune: bool
-    """True: only weights are taken from `load`; iteration, optimizer and RNG start anew."""
+    """True: `load` gives weights only, also where it is a training save."""
     timeout_seconds: float
     threads: int
     """Intra-op threads of the process; 0 = leave torch's choice."""
@@ -173,6 +173,8 @@ class RunPlan:
     save_interval: int
     keep_last: int
     """Saves to keep; 0 = all."""
+    resume: str
+    """auto (continue the save that `save` names), off, or the path of a training save."""
     output: str
     """Folder for metrics.jsonl, tensorboard, table and picture."""
     num_devices: int

@@ -89,11 +89,11 @@ class MegatronConfig(Section):
     save: str | None = None
     """Folder of the saves; null = none."""
     finetune: bool = False
-    """true: only weights are taken from `load`; iteration, optimizer, data position and random state start anew."""
+    """true: of a training save in `load` only the weights are taken; iteration, optimizer, data position and random state start anew."""
     no_load_optim: bool = False
-    """true: optimizer state is not resumed."""
+    """true: a resumed run starts with a new optimizer and at the beginning of the learning-rate schedule."""
     no_load_rng: bool = False
-    """true: random state is not resumed."""
+    """true: a resumed run starts with new random states."""
 
 
 class ActorResource(Section):
@@ -103,7 +103,7 @@ class ActorResource(Section):
 
 class IntegratedModeConfig(Section):
     ref_model_load_path: str | None = None
-    """Weights of the KL reference; null = actor_config.load. To be given when `load` is a training save."""
+    """Weights of the KL reference; null = those the run began with (a save remembers where they are), at first actor_config.load."""
 
 
 class RLConfig(Section):
@@ -113,6 +113,9 @@ class RLConfig(Section):
     """Devices."""
     integrated_mode_config: IntegratedModeConfig = IntegratedModeConfig()
     """The reference model."""
+    resume: str = "auto"
+    """auto: continue the save that actor_config.save names, if there is one, else begin with actor_config.load; off: never continue;
+    or the path of a training save to continue."""
     runtime_env_path: str | None = None
     """YAML whose env_vars go to every worker process."""
     timeout_seconds: float = Field(1800.0, gt=0)
@@ -189,6 +192,12 @@ class RLConfig(Section):
     """Scalars under <output>/tensorboard."""
     log_max_throughput: bool = False
     """true: tokens per second from the longest instead of the mean lengths."""
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        # YAML 1.1 reads a bare off as false.
+        return "off" if value is False else value
 
     @field_validator("max_packing_token_size", mode="before")
     @classmethod

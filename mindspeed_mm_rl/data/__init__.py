@@ -1,1 +1,1 @@
-"""From parquet rows to prompts: rows, chat template, pictures, position, packing."""
+"""From rows of files to prompts: rows, chat template, pictures, position, packing; preprocess/ prepares text data sets."""

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mindspeed_mm_rl.data.sources import IMAGE_MARKER
+from mindspeed_mm_rl.data.rows import IMAGE_MARKER
 
 
 def count_markers(messages: Sequence[Mapping[str, str]]) -> int:
@@ -52,7 +52,7 @@ class ChatRenderer:
             raise ValueError(f"{self.folder} is no Hugging Face model folder: it has no config.json")
         self.image_token_id: int | None = json.loads(config.read_text(encoding="utf-8")).get("image_token_id")
         """None: the model reads text alone."""
-        self.tokenizer = _tokenizer(self.folder, trust_remote_code)
+        self.tokenizer = with_template(load_tokenizer(self.folder, trust_remote_code), self.folder)
 
     def token_ids(self, messages: Sequence[Mapping[str, str]], num_images: int) -> list[int]:
         """The prompt, the assistant's turn opened, one image token per image.
@@ -82,7 +82,8 @@ class ChatRenderer:
             ) from error
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises ValueError when the folder has no tokenizer; a chat template is not asked for."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a damaged tokenizer.json transformers may raise anything
@@ -91,6 +92,11 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
     beside = folder / "chat_template.json"
     if tokenizer.chat_template is None and beside.is_file():
         tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """The same tokenizer; ValueError when it has no chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(f"{folder} has no chat template: copy chat_template.jinja (or chat_template.json) of the model into it")
     return tokenizer

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mindspeed_mm_rl.config.plan import DataPlan
 from mindspeed_mm_rl.data.prompts import PromptBuilder
-from mindspeed_mm_rl.data.sources import ParquetRows
+from mindspeed_mm_rl.data.sources import open_rows
 from mindspeed_mm_rl.types import Prompt
 
 _AHEAD_BYTES = 2**30
@@ -39,16 +39,15 @@ class ScanReport:
 
 
 class PromptLoader:
-    """Draws prompts from parquet rows without end, epoch after epoch.
+    """Draws prompts from the rows of a file without end, epoch after epoch.
 
     Raises ValueError when it is made for input that no row can mend: paths, columns, tokenizer, pixel bounds.
     """
 
     def __init__(self, plan: DataPlan) -> None:
         self._plan = plan
-        self.rows = ParquetRows(plan.train_path, plan.prompt_key, plan.image_key)
-        self.rows.check_marked_images()
         self.builder = PromptBuilder(plan)
+        self.rows = open_rows(plan.train_path, plan.prompt_key, plan.image_key, self.builder.decode)
         self._position = 0
         self._prompts_drawn = 0
         self._dropped: Counter[str] = Counter()

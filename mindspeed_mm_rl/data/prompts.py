@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from mindspeed_mm_rl.config.plan import DataPlan
 from mindspeed_mm_rl.data.chat import ChatRenderer
 from mindspeed_mm_rl.data.images import ImageSettings, check_image, expand_image_tokens, grid_of, load_image, prepare, read_image_settings
-from mindspeed_mm_rl.data.sources import Row, naming
+from mindspeed_mm_rl.data.rows import Row, naming
 from mindspeed_mm_rl.types import GridTHW, Prompt
 
 
@@ -50,11 +51,28 @@ class PromptBuilder:
             grids = [grid_of(*check_image(encoded), self._settings()) for encoded in row.images]
             return self._expanded_length(token_ids, grids)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, exactly."""
+        with self._lock:
+            return self.renderer.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+
     def _token_ids(self, row: Row) -> list[int]:
+        if row.token_ids is not None:
+            return self._prepared(row.token_ids)
         if len(row.images) > self._max_images:
             raise ValueError(f"{len(row.images)} images, but generate_config.limit_mm_image_per_prompt is {self._max_images}")
         with self._lock:
             return self.renderer.token_ids(row.messages, len(row.images))
+
+    def _prepared(self, token_ids: Sequence[int]) -> list[int]:
+        if self.renderer.image_token_id in token_ids:
+            raise ValueError(f"the prepared prompt has image tokens ({self.renderer.image_token_id}), but prepared columns hold no pictures")
+        if (highest := max(token_ids, default=0)) >= (known := len(self.renderer.tokenizer)):
+            raise ValueError(
+                f"the prepared prompt has token id {highest}, but the tokenizer of {self.renderer.folder} ends at {known - 1}:"
+                " prepare the data with the tokenizer of this model"
+            )
+        return list(token_ids)
 
     def _expanded_length(self, token_ids: list[int], grids: list[GridTHW]) -> int:
         if not grids:

@@ -1,44 +1,41 @@
-"""Rows of parquet files by number: exact random access, only the row groups that are asked for, every complaint with file and row."""
+"""Where training rows come from: parquet, JSON, or columns of prepared token ids. Parquet by number: exact random access, only the row
+groups that are asked for, every complaint with file and row."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-IMAGE_MARKER = "<image>"
-"""Stands in a prompt's text where a picture goes."""
+from mindspeed_mm_rl.data.indexed import IndexedRows, column_files
+from mindspeed_mm_rl.data.json_rows import JSON_SUFFIXES, JsonRows
+from mindspeed_mm_rl.data.rows import ANSWER_PLACES, IMAGE_MARKER, Row, Rows, file_digest, row_of
 
 _CACHE_BYTES = 512 * 2**20
 """Row groups kept in memory: shuffled rows would otherwise decompress a whole group for each row."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One question as the file holds it.
+def open_rows(path: str | Path, prompt_key: str, image_key: str, decode: Callable[[Sequence[int]], str]) -> Rows:
+    """The rows of a file, of a folder (its train.parquet, shards, train.jsonl or train.json) or of a prefix of prepared columns.
 
-    Example: Row("train.parquet, row 3", ({"role": "user", "content": "<image>Find x."},), (png,), "5")
+    decode: the tokenizer's, for answers that prepared columns hold as token ids. Raises ValueError for what no row can mend.
     """
-
-    where: str
-    """File and row number (from 0), for messages to people."""
-    messages: tuple[dict[str, str], ...]
-    images: tuple[bytes, ...]
-    """Encoded pictures (PNG, JPEG, ...), in the order of their markers."""
-    answer: str
-    data_source: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """extra_info of the row."""
+    path = Path(path).expanduser()
+    if not path.exists() and column_files(path):
+        return IndexedRows(path, decode)
+    if path.is_dir() and not any(path.glob("train*.parquet")):
+        path = next((file for suffix in JSON_SUFFIXES if (file := path / f"train{suffix}").is_file()), path)
+    if path.suffix in JSON_SUFFIXES and path.is_file():
+        return JsonRows(path, prompt_key, image_key)
+    rows = ParquetRows(path, prompt_key, image_key)
+    rows.check_marked_images()
+    return rows
 
 
 def parquet_files(path: str | Path, split: str = "train") -> tuple[Path, ...]:
@@ -48,31 +45,14 @@ def parquet_files(path: str | Path, split: str = "train") -> tuple[Path, ...]:
         return (path,)
     if not path.is_dir():
         raise ValueError(
-            f"data file {path} does not exist: make it with examples/rl/data_preprocess, or correct megatron_training.data_path"
+            f"data file {path} does not exist, and no {path.name}_packed_*_document.idx beside it:"
+            " make it with examples/rl/data_preprocess, or correct megatron_training.data_path"
         )
     if (whole := path / f"{split}.parquet").is_file():
         return (whole,)
     if shards := tuple(sorted(path.glob(f"{split}-*-of-*.parquet"))):
         return shards
-    raise ValueError(f"data folder {path} holds neither {split}.parquet nor {split}-*-of-*.parquet")
-
-
-@contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Puts the place in front of the ValueErrors of what cannot know it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of the file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    raise ValueError(f"data folder {path} holds neither {split}.parquet nor {split}-*-of-*.parquet nor {split}.jsonl nor {split}.json")
 
 
 class ParquetRows:
@@ -108,7 +88,7 @@ class ParquetRows:
         table = self._group(group)
         record = table.slice(number - self._first_rows[group], 1).to_pylist()[0]
         file = self.files[self._groups[group][0]]
-        return self._row(record, file, number - self._first_of_file[self._groups[group][0]])
+        return row_of(record, file, number - self._first_of_file[self._groups[group][0]], self._prompt_key, self._image_key)
 
     def check_marked_images(self) -> None:
         """Raises ValueError when prompts mark pictures and their file has no column for them. Reads the prompts of such files alone."""
@@ -132,7 +112,7 @@ class ParquetRows:
                 return self._cache[group]
             file, row_group = self._groups[group]
             reader = self._readers[file]
-            wanted = (self._prompt_key, self._image_key, "extra_info", "reward_model", "data_source", "videos")
+            wanted = (self._prompt_key, self._image_key, "extra_info", "reward_model", "answer", "data_source", "videos")
             columns = [name for name in wanted if name in reader.schema_arrow.names]
             try:
                 table = reader.read_row_group(row_group, columns=columns)
@@ -142,20 +122,6 @@ class ParquetRows:
             while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > _CACHE_BYTES:
                 self._cache.popitem(last=False)
             return table
-
-    def _row(self, record: Mapping[str, Any], file: Path, number: int) -> Row:
-        where = f"{file}, row {number}"
-        with naming(where):
-            if record.get("videos"):
-                raise ValueError("column 'videos' is not empty, and videos are not offered: use pictures")
-            return Row(
-                where=where,
-                messages=_messages(record[self._prompt_key], self._prompt_key),
-                images=_images(record.get(self._image_key), file.parent),
-                answer=_answer(record),
-                data_source=record.get("data_source") or "",
-                extra=dict(record.get("extra_info") or {}),
-            )
 
 
 def _open(file: Path) -> pq.ParquetFile:
@@ -171,8 +137,9 @@ def _check_columns(file: Path, schema: pa.Schema, prompt_key: str, image_key: st
             f"{file} has no column '{prompt_key}'; its columns are {', '.join(schema.names)}:"
             " raw data sets are made into training rows by the scripts of examples/rl/data_preprocess"
         )
-    if not (_has_field(schema, "extra_info", "answer") or _has_field(schema, "reward_model", "ground_truth")):
-        raise ValueError(f"{file} has neither extra_info.answer nor reward_model.ground_truth: without answers nothing can be graded")
+    answers = _has_field(schema, "extra_info", "answer") or _has_field(schema, "reward_model", "ground_truth") or "answer" in schema.names
+    if not answers:
+        raise ValueError(f"{file} has neither {' nor '.join(ANSWER_PLACES)}: nothing could be graded")
     if image_key in schema.names and not _holds_images(schema.field(image_key).type):
         raise ValueError(f"{file}: column '{image_key}' must be a list of {{bytes, path}}, not {schema.field(image_key).type}")
 
@@ -188,36 +155,3 @@ def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
     return pa.types.is_null(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-
-
-def _messages(value: Any, key: str) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"column '{key}' must be a list of {{role, content}} messages, not {value!r}")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise ValueError(f"a message of column '{key}' lacks the text of role or content: {message!r}")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
-
-
-def _images(value: Any, folder: Path) -> tuple[bytes, ...]:
-    images = [value] if isinstance(value, dict) else value or []
-    return tuple(_image_bytes(image, folder) for image in images)
-
-
-def _image_bytes(image: Any, folder: Path) -> bytes:
-    if image and image["bytes"]:
-        return image["bytes"]
-    if image and image.get("path"):
-        path = folder / Path(image["path"]).expanduser()
-        if path.is_file():
-            return path.read_bytes()
-        raise ValueError(f"image file {path} does not exist")
-    raise ValueError("an image has neither bytes nor a path")
-
-
-def _answer(record: Mapping[str, Any]) -> str:
-    candidates = (record.get("extra_info") or {}).get("answer"), (record.get("reward_model") or {}).get("ground_truth")
-    for candidate in candidates:
-        if candidate is not None and str(candidate).strip():
-            return str(candidate)
-    raise ValueError("the answer is missing (extra_info.answer and reward_model.ground_truth are both empty)")

@@ -110,8 +110,12 @@ class CoreAttention(MegatronModule):
         return output.flatten(1)
 
 
-def transformer_layer_spec(layout_name: str = "full") -> ModuleSpec:
-    """A pre-norm layer with gated MLP out of megatron's parallel layers, this package's norm and core attention."""
+def transformer_layer_spec(layout_name: str = "full", qk_norm: bool = False) -> ModuleSpec:
+    """A pre-norm layer with gated MLP out of megatron's parallel layers, this package's norm and core attention.
+
+    qk_norm: RMSNorm over the head_dim of each query and key head (Qwen3, arXiv:2505.09388, section 2).
+    """
+    head_norm = RMSNorm if qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -119,8 +123,8 @@ def transformer_layer_spec(layout_name: str = "full") -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=ModuleSpec(module=CoreAttention, params={"layout_name": layout_name}),
             linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))

@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm_rl.config.model_file import read_json
+from mindspeed_mm_rl.models.names import is_tied
+from mindspeed_mm_rl.models.rope_scaling import RopeScaling, read_rope_scaling
 
-TEXT_FAMILIES = ("qwen2",)
-VISION_FAMILIES = ("qwen2_5_vl",)
+
+@dataclass(frozen=True)
+class Family:
+    """What a model_type says and config.json doesn't; its weights are a row of names.FAMILIES."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each query and key head, before rope."""
+    vision: bool = False
+
+
+FAMILIES = {
+    "llama": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen2_5_vl": Family(qkv_bias=True, vision=True),
+    "qwen3": Family(qk_norm=True),
+}
+
+_ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+}
+"""Keys that would change the network, with the one value that is offered (and meant where the key is missing)."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +53,12 @@ class TextArchitecture:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
     mrope_section: tuple[int, int, int] | None
     """Frequencies turned by time, height and width positions; they sum to head_dim / 2. None: plain rope."""
     tie_word_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool
     max_position_embeddings: int
 
 
@@ -81,73 +111,84 @@ def read_architecture(hf_path: str | Path) -> Architecture:
     """Reads config.json (and generation_config.json for further end tokens) of a Hugging Face folder.
 
     Raises ValueError when the file is missing or no JSON, for an unknown model_type (naming the nearest), and for a feature that
-    isn't offered (sliding-window attention, rope scaling other than mrope, an activation other than silu).
+    isn't offered (sliding windows, rope scaling other than linear, llama3 and yarn, biases of attention or MLP, an activation but silu).
     """
     folder = Path(hf_path).expanduser()
     raw = _read_json(folder / "config.json")
     model_type = raw.get("model_type", "")
-    known = TEXT_FAMILIES + VISION_FAMILIES
-    if model_type not in known:
-        near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.0)[0]
+    if model_type not in FAMILIES:
+        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"{folder / 'config.json'}: model_type {model_type!r} is not offered; the nearest is {near!r} of {', '.join(known)}"
+            f"{folder / 'config.json'}: model_type {model_type!r} is not offered; the nearest is {near!r} of {', '.join(FAMILIES)}"
         )
     try:
-        return _architecture(folder, raw, model_type)
+        return _architecture(folder, raw, FAMILIES[model_type])
     except KeyError as missing:
         raise ValueError(f"{folder / 'config.json'}: key {missing} is missing for model_type {model_type!r}") from missing
 
 
-def _architecture(folder: Path, raw: dict[str, Any], model_type: str) -> Architecture:
+def _architecture(folder: Path, raw: dict[str, Any], family: Family) -> Architecture:
     # transformers 5 nests the text keys of a vision-language model, transformers 4 has them at the top.
     text = raw.get("text_config") or raw
-    has_vision = model_type in VISION_FAMILIES
     return Architecture(
-        model_type=model_type,
-        text=_text(folder, raw, text),
-        vision=_vision(raw["vision_config"]) if has_vision else None,
-        image_token_id=raw["image_token_id"] if has_vision else None,
-        video_token_id=raw["video_token_id"] if has_vision else None,
-        vision_start_token_id=raw["vision_start_token_id"] if has_vision else None,
-        vision_end_token_id=raw["vision_end_token_id"] if has_vision else None,
+        model_type=raw["model_type"],
+        text=_text(folder, raw, text, family),
+        vision=_vision(raw["vision_config"]) if family.vision else None,
+        image_token_id=raw["image_token_id"] if family.vision else None,
+        video_token_id=raw["video_token_id"] if family.vision else None,
+        vision_start_token_id=raw["vision_start_token_id"] if family.vision else None,
+        vision_end_token_id=raw["vision_end_token_id"] if family.vision else None,
         eos_token_ids=_eos_token_ids(folder, raw, text),
         raw=raw,
     )
 
 
-def _text(folder: Path, raw: Mapping[str, Any], text: Mapping[str, Any]) -> TextArchitecture:
+def _text(folder: Path, raw: Mapping[str, Any], text: Mapping[str, Any], family: Family) -> TextArchitecture:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or raw.get("rope_scaling") or {}
-    _check_offered(folder, text, rope)
+    _check_offered(folder, {**text, **rope})
     heads = text["num_attention_heads"]
     head_dim = text.get("head_dim") or text["hidden_size"] // heads
-    section = rope.get("mrope_section")
-    if section is not None and sum(section) * 2 != head_dim:
-        raise ValueError(f"{folder / 'config.json'}: mrope_section {section} must sum to half of the head size ({head_dim})")
     return TextArchitecture(
         hidden_size=text["hidden_size"],
         intermediate_size=text["intermediate_size"],
         num_layers=text["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=text["num_key_value_heads"],
+        num_kv_heads=text.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         vocab_size=text["vocab_size"],
         rms_norm_eps=text["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or text.get("rope_theta", 10000.0)),
-        mrope_section=tuple(section) if section is not None else None,
-        tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-        qkv_bias=True,
+        rope_scaling=_rope_scaling(folder, rope, text),
+        mrope_section=_mrope_section(folder, rope, head_dim) if family.vision else None,
+        tie_word_embeddings=is_tied(raw),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         max_position_embeddings=text["max_position_embeddings"],
     )
 
 
-def _check_offered(folder: Path, text: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "mrope"):
-        raise ValueError(f"{folder / 'config.json'}: rope type {kind!r} is not offered; default and mrope are")
-    if text.get("use_sliding_window"):
-        raise ValueError(f"{folder / 'config.json'}: use_sliding_window is true, but only full causal attention is offered")
-    if text.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{folder / 'config.json'}: hidden_act {text['hidden_act']!r} is not offered; silu is")
+def _rope_scaling(folder: Path, rope: Mapping[str, Any], text: Mapping[str, Any]) -> RopeScaling | None:
+    try:
+        return read_rope_scaling(rope, text)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _mrope_section(folder: Path, rope: Mapping[str, Any], head_dim: int) -> tuple[int, int, int]:
+    section = tuple(rope["mrope_section"])
+    if sum(section) * 2 != head_dim:
+        raise ValueError(f"{folder / 'config.json'}: mrope_section {list(section)} must sum to half of the head size ({head_dim})")
+    return section
+
+
+def _check_offered(folder: Path, keys: Mapping[str, Any]) -> None:
+    for key, only in _ONLY.items():
+        value = keys.get(key)
+        if value is not None and value != only:
+            raise ValueError(f"{folder / 'config.json'}: {key} {json.dumps(value)} is not offered; only {json.dumps(only)} is")
+    other = set(keys.get("layer_types") or ()) - {"full_attention"}
+    if other:
+        raise ValueError(f"{folder / 'config.json'}: layer_types {', '.join(sorted(other))} are not offered; only full_attention is")
 
 
 def _vision(vision: Mapping[str, Any]) -> VisionArchitecture:

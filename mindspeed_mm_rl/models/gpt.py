@@ -1,4 +1,4 @@
-"""The text decoder: Qwen2's shape on megatron's GPTModel, from token embeddings to the states before the head."""
+"""The text decoder: the shape of Llama and Qwen on megatron's GPTModel, from token embeddings to the states before the head."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ def text_config(text: TextArchitecture, options: ModelOptions) -> TransformerCon
         layernorm_epsilon=text.rms_norm_eps,
         add_bias_linear=False,
         add_qkv_bias=text.qkv_bias,
+        # Tells megatron to sum the gradients of the head norms over tensor-parallel ranks, each of which sees some heads only.
+        qk_layernorm=text.qk_norm,
         pipeline_model_parallel_size=options.pipeline_parallel_size,
         sequence_parallel=options.sequence_parallel,
     )
@@ -86,7 +88,7 @@ class TextDecoder(GPTModel):
     """GPTModel's parts and names, run without its rope and without its head on every position."""
 
     def __init__(self, text: TextArchitecture, config: TransformerConfig, pre_process: bool = True, post_process: bool = True) -> None:
-        layers = [transformer_layer_spec()] * get_num_layers_to_build(config)
+        layers = [transformer_layer_spec(qk_norm=text.qk_norm)] * get_num_layers_to_build(config)
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),

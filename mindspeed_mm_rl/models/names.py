@@ -88,6 +88,10 @@ _QKV_WEIGHT = Rule(
 _QKV_BIAS = Rule(
     "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), ("query_rows", "kv_rows", "kv_rows"), "qkv", "rows"
 )
+_QK_NORM = (
+    _weight("self_attention.q_layernorm", "self_attn.q_norm", "head_dim"),
+    _weight("self_attention.k_layernorm", "self_attn.k_norm", "head_dim"),
+)
 _DENSE_LAYER = (
     _weight("input_layernorm", "input_layernorm", "hidden"),
     _weight("self_attention.linear_proj", "self_attn.o_proj", "hidden query_rows", "columns"),
@@ -148,8 +152,10 @@ _QWEN2_5_VISION = (
 _QWEN2_DECODER = _decoder(_QKV_WEIGHT, _QKV_BIAS, *_DENSE_LAYER)
 
 FAMILIES: dict[str, tuple[Block, ...]] = {
+    "llama": _decoder(_QKV_WEIGHT, *_DENSE_LAYER),
     "qwen2": _QWEN2_DECODER,
     "qwen2_5_vl": (*_QWEN2_5_VISION, *_QWEN2_DECODER),
+    "qwen3": _decoder(_QKV_WEIGHT, *_QK_NORM, *_DENSE_LAYER),
 }
 """model_type of config.json -> its blocks."""
 
@@ -190,6 +196,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
         "ffn": _size(text, "intermediate_size"),
         "vocab": _size(text, "vocab_size"),
         "kv_heads": kv_heads,
+        "head_dim": head_dim,
         "query_rows": heads * head_dim,
         "kv_rows": kv_heads * head_dim,
     }

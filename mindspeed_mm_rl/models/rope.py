@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from mindspeed_mm_rl.models.families import Architecture, TextArchitecture, VisionArchitecture
+from mindspeed_mm_rl.models.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 from mindspeed_mm_rl.types import GridTHW
 
 VISION_THETA = 10000.0
@@ -59,10 +61,12 @@ def _check_image_tokens(image_tokens: np.ndarray, grids: Sequence[GridTHW], merg
 
 def rotary(positions: torch.Tensor, text: TextArchitecture) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, float32 [T, head_dim], of positions int64 [3, T]; the two halves of head_dim are equal (NeoX order)."""
-    frequencies = _frequencies(text.head_dim, text.rope_theta, positions.device)
+    frequencies = _scaled_frequencies(text, positions.device)
     sections = text.mrope_section or (text.head_dim // 2, 0, 0)
     axis = torch.repeat_interleave(torch.arange(3, device=positions.device), torch.tensor(sections, device=positions.device))
-    return _cos_sin(positions.float()[axis].T * frequencies)
+    cos, sin = _cos_sin(positions.float()[axis].T * frequencies)
+    factor = 1.0 if text.rope_scaling is None else text.rope_scaling.attention_factor
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def vision_rotary(positions: torch.Tensor, vision: VisionArchitecture) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,8 +76,50 @@ def vision_rotary(positions: torch.Tensor, vision: VisionArchitecture) -> tuple[
     return _cos_sin(torch.cat([angles[0], angles[1]], dim=-1))
 
 
+def _periods(dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """Wavelengths / 2 pi, float32 [dim / 2]."""
+    return theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
 def _frequencies(dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    return 1.0 / _periods(dim, theta, device)
+
+
+def _scaled_frequencies(text: TextArchitecture, device: torch.device) -> torch.Tensor:
+    periods = _periods(text.head_dim, text.rope_theta, device)
+    match text.rope_scaling:
+        case None:
+            return 1.0 / periods
+        case LinearScaling(factor=factor):
+            return 1.0 / periods / factor
+        case Llama3Scaling() as scaling:
+            return _llama3_frequencies(1.0 / periods, scaling)
+        case YarnScaling() as scaling:
+            return _yarn_frequencies(periods, text.rope_theta, scaling)
+
+
+def _llama3_frequencies(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
+    """Kept, divided by the factor, or between the two, by how often the wavelength fits the original context."""
+    fits = scaling.original_context / (2 * math.pi / frequencies)
+    kept = ((fits - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def _yarn_frequencies(periods: torch.Tensor, theta: float, scaling: YarnScaling) -> torch.Tensor:
+    """YaRN's "NTK by parts" (section 3.2), its ramp in dimensions rather than in rotations, as the published checkpoints have it."""
+    dim = 2 * len(periods)
+
+    def dimension_with(rotations: float) -> float:
+        return dim * math.log(scaling.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_with(scaling.beta_fast), dimension_with(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    # A ramp of no width is a step.
+    width = high - low or 0.001
+    interpolated = ((torch.arange(len(periods), dtype=torch.float32, device=periods.device) - low) / width).clamp(0, 1)
+    return 1.0 / (scaling.factor * periods) * interpolated + 1.0 / periods * (1 - interpolated)
 
 
 def _cos_sin(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ Tensors are read one by one; a layer that megatron stacked with its siblings und
 from __future__ import annotations
 
 import importlib
+import io
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 METADATA_FILE = ".metadata"
+COMMON_FILE = "common.pt"
+"""What megatron keeps beside the shards: parameter groups, schedule, random state."""
 _MODEL_PREFIX = "model."
 _MODEL_ROOTS = ("text_decoder.", "image_encoder.")
 _STACKED = re.compile(r"^(?P<block>.+?\.layers)\.(?!\d+\.)(?P<rest>.+)$")
@@ -137,6 +140,44 @@ class SavedWeights(Mapping[str, Tensor]):
 
     def _stored(self, key: str) -> TensorStorageMetadata:
         return self._metadata.state_dict_metadata[key]
+
+
+def refuse_code(folder: Path) -> None:
+    """Raises ValueError when anything in a torch_dist folder that megatron's loader would unpickle holds more than data.
+
+    megatron and torch read `.metadata` and the objects among the shards with an unrestricted unpickler, which runs whatever a save
+    from elsewhere asks for; bytes that the restricted one accepts build the same harmless values in both.
+    """
+    metadata = _read_metadata(folder)
+    if (folder / COMMON_FILE).is_file():
+        _check_object(folder / COMMON_FILE, (folder / COMMON_FILE).read_bytes())
+    for index, place in metadata.storage_data.items():
+        path = folder / place.relative_path
+        if path.parent != folder:
+            raise ValueError(f"{folder / METADATA_FILE} points outside of its folder ({place.relative_path}): the save is not one of ours")
+        # Tensors are read with weights_only=True by torch itself.
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            _check_object(path, _piece(path, place.offset, place.length))
+
+
+def _piece(path: Path, offset: int, length: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read, the save is damaged or incomplete ({error})") from error
+
+
+def _check_object(path: Path, content: bytes) -> None:
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{path} is damaged, or holds code that loading it would run ({reason}); nothing of it was run. Use another save, or give "
+            "the weights alone as a Hugging Face folder (mm-convert mm_to_hf)"
+        ) from error
 
 
 def _read_metadata(folder: Path) -> Metadata:

@@ -23,3 +23,7 @@ def read_int(name: str, default: int) -> int:
 def set_all(values: dict[str, str]) -> None:
     """For this process and those it starts; before the library that reads them is imported."""
     os.environ.update(values)
+
+
+def remove(name: str) -> None:
+    os.environ.pop(name, None)

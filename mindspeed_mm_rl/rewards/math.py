@@ -36,7 +36,7 @@ def equal_by_mathruler(given: str, answer: str) -> bool:
         return False
     try:
         return bool(grade_answer(given, answer))
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError):
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
         # What the grader cannot read is a wrong answer, not a fault of the run; a broken grader shows in the workers' self-check.
         return False
 

@@ -1,7 +1,8 @@
 """Grades groups in processes of their own, beside generation, and lives on when one of them hangs or dies.
 
 One thread per worker process:  submit -> queue -> thread -> pipe -> worker, one answer per sample back, Future when the last is in.
-The deadline is per sample: a late worker is killed, that sample is wrong, a new worker goes on with the rest of the group.
+The deadline is per sample: a late worker is killed, that sample is wrong, a new worker goes on with the rest of the group. So it is with
+a worker that dies or runs out of memory. A verifier that raises costs its sample alone. All of them are counted.
 
 Plain subprocesses instead of multiprocessing's: those import the driver's main module again, and with it torch and Ray.
 """
@@ -10,26 +11,38 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import queue
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 
+from mindspeed_mm_rl.rewards.patience import Patience
 from mindspeed_mm_rl.rewards.scoring import GroupScores, RewardSettings, SampleScore, grading_error, weigh, wrong_sample
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from mindspeed_mm_rl.rewards.worker import main; main(int(sys.argv[1]))"
 _START_SECONDS = 120.0
 """Importing sympy takes under a second, but minutes on a cold network disk."""
-_ATTEMPTS = 2
-"""A worker may be killed from outside (memory pressure) while it grades an innocent sample: each sample gets a second chance."""
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
+"""Exit codes of a worker that something else ended (memory pressure, a person), maybe over an innocent sample: it gets a second chance."""
+_BROKEN_AFTER = 64
+"""Samples whose grading raised, without one that was graded in between: then the verifier is broken, not the response."""
+_END_SECONDS = 10.0
+
+_logger = logging.getLogger(__name__)
 
 
 class _WorkerDied(Exception):
     """The worker process ended while an answer was due."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
 
 
 class _WorkerLate(Exception):
@@ -44,6 +57,29 @@ class _Task:
     answer: str
     data_source: str
     future: Future[GroupScores] = field(default_factory=Future)
+
+
+class _Faults:
+    """Verifiers that raise: the first one is told, and nothing but them ends the run. Shared by all lanes."""
+
+    def __init__(self) -> None:
+        self._told = False
+        self._in_a_row = 0
+        self._lock = threading.Lock()
+
+    def graded(self) -> None:
+        with self._lock:
+            self._in_a_row = 0
+
+    def raised(self, error: RuntimeError) -> None:
+        """Raises `error` when it is one of too many."""
+        with self._lock:
+            self._in_a_row += 1
+            first, self._told = not self._told, True
+            if self._in_a_row >= _BROKEN_AFTER:
+                raise error
+        if first:
+            _logger.warning("%s\nThe sample gets the lowest score; later ones are only counted, in rewards/crashes", error)
 
 
 class _Worker:
@@ -63,8 +99,8 @@ class _Worker:
         except _WorkerLate:
             self.process.kill()
             raise RuntimeError(f"a reward worker was not ready after {_START_SECONDS:.0f} s") from None
-        except _WorkerDied:
-            raise RuntimeError(f"a reward worker ended while it started (exit code {self.process.wait()})") from None
+        except _WorkerDied as death:
+            raise RuntimeError(f"a reward worker ended while it started (exit code {death.exit_code})") from None
         if "error" in message:
             raise RuntimeError(f"a reward worker could not start: {message['error'].strip().splitlines()[-1]}\n{message['error']}")
 
@@ -77,12 +113,20 @@ class _Worker:
         try:
             return json.loads(self.pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
-            raise _WorkerDied from None
+            raise _WorkerDied(self._exit_code()) from None
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
         self.pipe.close()
+
+    def _exit_code(self) -> int:
+        """Of a process that has closed its pipe: it ends now, or it is made to."""
+        try:
+            return self.process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
     def _send(self, message: dict[str, object]) -> None:
         # A dead worker is seen, and replaced, where its answer is waited for.
@@ -93,9 +137,11 @@ class _Worker:
 class _Lane(threading.Thread):
     """Feeds one worker process, and replaces it."""
 
-    def __init__(self, settings: RewardSettings, tasks: queue.SimpleQueue[_Task | None], number: int) -> None:
+    def __init__(
+        self, settings: RewardSettings, tasks: queue.SimpleQueue[_Task | None], patience: Patience, faults: _Faults, number: int
+    ) -> None:
         super().__init__(name=f"rewards-{number}", daemon=True)
-        self.settings, self.tasks = settings, tasks
+        self.settings, self.tasks, self.patience, self.faults = settings, tasks, patience, faults
         self.ready: Future[None] = Future()
         self.lock = threading.Lock()
         self.closed = False
@@ -127,41 +173,57 @@ class _Lane(threading.Thread):
 
     def _grade(self, task: _Task) -> GroupScores:
         done: list[SampleScore] = []
-        timeouts = crashes = attempt = 0
+        timeouts = crashes = 0
         self.worker.grade(task.texts, task.answer)
         while len(done) < len(task.texts):
+            score = None
             try:
-                done.append(self._next_score(task, len(done)))
-                attempt = 0
-                continue
+                score = self._next_score(task, len(done))
+                crashes += score is None
             except _WorkerLate:
                 timeouts += 1
-                done.append(wrong_sample(self.settings.verifiers))
-                attempt = 0
+                self._go_on(task, len(done) + 1)
             except _WorkerDied:
-                attempt += 1
-                if attempt == _ATTEMPTS:
-                    crashes += 1
-                    done.append(wrong_sample(self.settings.verifiers))
-                    attempt = 0
-            self._replace_worker()
-            self.worker.grade(task.texts[len(done) :], task.answer)
+                crashes += 1
+                self._go_on(task, len(done) + 1)
+            done.append(score or wrong_sample(self.settings.verifiers))
         return weigh(done, task.token_lengths, self.settings, timeouts, crashes)
 
-    def _next_score(self, task: _Task, index: int) -> SampleScore:
-        message = self.worker.receive(self.settings.timeout_seconds)
-        if "error" in message:
-            where = f"sample {index} of prompt {task.prompt_id} of {task.data_source!r}"
-            raise grading_error(where, task.answer, task.texts[index], self.settings.verifiers, message["error"])
-        return SampleScore(**message)
+    def _next_score(self, task: _Task, index: int) -> SampleScore | None:
+        """None when a verifier raised on it."""
+        try:
+            message = self._answer()
+        except _WorkerDied as death:
+            if death.exit_code not in _FROM_OUTSIDE:
+                raise
+            self._go_on(task, index)
+            message = self._answer()
+        if "error" not in message:
+            self.faults.graded()
+            return SampleScore(**message)
+        where = f"sample {index} of prompt {task.prompt_id} of {task.data_source!r}"
+        self.faults.raised(grading_error(where, task.answer, task.texts[index], self.settings.verifiers, message["error"]))
+        return None
 
-    def _replace_worker(self) -> None:
+    def _answer(self) -> dict[str, object]:
+        start = time.monotonic()
+        try:
+            message = self.worker.receive(self.patience.seconds())
+        except _WorkerLate:
+            self.patience.late()
+            raise
+        self.patience.in_time(time.monotonic() - start)
+        return message
+
+    def _go_on(self, task: _Task, index: int) -> None:
+        """A new worker grades the samples from `index` on."""
         self.worker.kill()
         with self.lock:
             if self.closed:
                 raise RuntimeError("the reward pool was closed while it was grading")
             self.worker = _Worker(self.settings)
         self.worker.wait_ready()
+        self.worker.grade(task.texts[index:], task.answer)
 
 
 class RewardPool:
@@ -174,7 +236,8 @@ class RewardPool:
         self.settings = settings
         self._closed = False
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._lanes = [_Lane(settings, self._tasks, number) for number in range(settings.workers)]
+        patience, faults = Patience(settings.timeout_seconds), _Faults()
+        self._lanes = [_Lane(settings, self._tasks, patience, faults, number) for number in range(settings.workers)]
         for lane in self._lanes:
             lane.start()
 
@@ -188,7 +251,7 @@ class RewardPool:
     ) -> Future[GroupScores]:
         """Grades the samples of one prompt; returns at once.
 
-        The future raises RuntimeError when a verifier raised (naming sample and prompt) or no worker can grade.
+        The future raises RuntimeError when verifiers raise on every sample (naming the last one) or no worker can grade.
         """
         if self._closed:
             raise RuntimeError(f"the reward pool is closed; prompt {prompt_id} cannot be graded")

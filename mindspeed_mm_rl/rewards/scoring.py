@@ -64,7 +64,7 @@ class GroupScores:
     timeouts: int = 0
     """Samples graded wrong because their grading ran out of time."""
     crashes: int = 0
-    """Samples graded wrong because their grading killed its process twice."""
+    """Samples graded wrong because their grading raised, used too much memory, or ended its process."""
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer: int, factor: float) -> float:

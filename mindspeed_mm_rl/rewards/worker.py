@@ -5,24 +5,29 @@ pool thread                              worker
    |  <-------  {"ready": true}
    |  {"texts", "answer"}       ------->
    |  <-------  {"scores", "accuracy"}     one message per text, in order
-   |  <-------  {"error"}                  when a verifier raises; the rest of the texts is not graded
+   |  <-------  {"error"}                  in its place when a verifier raises
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import resource
 import signal
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from mindspeed_mm_rl.rewards.registry import find_verifier, score_names
 from mindspeed_mm_rl.rewards.scoring import score_sample
 
-_MEMORY_BYTES = 4 << 30
+_MEMORY_BYTES = 1 << 30
 """A power tower in a response may ask for all of the machine; grading uses about 0.1 GiB."""
+_OUT_OF_MEMORY = 12
+"""Exit code; the pool counts it as a crash."""
 _ORPHAN_GRACE_SECONDS = 1.0
 
 
@@ -41,7 +46,7 @@ def _serve(pipe: Connection) -> None:
     # The pool kills a worker that is late. Should the pool be dead itself, the kernel does: default action, no Python involved.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     try:
-        _limit_memory()
+        _limit_harm()
         self_check(order["verifiers"])
     except Exception:
         _send(pipe, {"error": traceback.format_exc()})
@@ -51,20 +56,19 @@ def _serve(pipe: Connection) -> None:
         task = json.loads(pipe.recv_bytes())
         for text in task["texts"]:
             signal.setitimer(signal.ITIMER_REAL, order["timeout"] + _ORPHAN_GRACE_SECONDS)
-            answered = _grade(pipe, text, task["answer"], order["verifiers"])
+            _grade(pipe, text, task["answer"], order["verifiers"])
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-            if not answered:
-                break
 
 
-def _grade(pipe: Connection, text: str, answer: str, verifiers: Sequence[str]) -> bool:
+def _grade(pipe: Connection, text: str, answer: str, verifiers: Sequence[str]) -> None:
     try:
-        result = asdict(score_sample(text, answer, verifiers))
+        message = asdict(score_sample(text, answer, verifiers))
+    except MemoryError:
+        # What is left of the process cannot be relied on.
+        os._exit(_OUT_OF_MEMORY)
     except Exception:
-        _send(pipe, {"error": traceback.format_exc()})
-        return False
-    _send(pipe, result)
-    return True
+        message = {"error": traceback.format_exc()}
+    _send(pipe, message)
 
 
 def self_check(verifiers: Sequence[str]) -> None:
@@ -80,10 +84,14 @@ def self_check(verifiers: Sequence[str]) -> None:
                 raise RuntimeError(f"verifier {verifier.name!r} is broken here: {text!r} for {answer!r} scored {score}")
 
 
-def _limit_memory() -> None:
+def _limit_harm() -> None:
+    """Bounds this process's memory, writes no core files, and is the first that the kernel ends when the machine has no memory left."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     bound = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _send(pipe: Connection, message: dict[str, object]) -> None:

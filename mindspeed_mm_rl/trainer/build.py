@@ -12,49 +12,72 @@ from mindspeed_mm_rl.algorithms.recipes import RecipeSettings, make_kl_controlle
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.models.families import read_architecture
-from mindspeed_mm_rl.models.weight_files import recognise
 from mindspeed_mm_rl.report import write_report
 from mindspeed_mm_rl.rewards.pool import RewardPool
 from mindspeed_mm_rl.rewards.scoring import RewardSettings
 from mindspeed_mm_rl.sinks import open_metric_log
 from mindspeed_mm_rl.trainer.collect import Collector
+from mindspeed_mm_rl.trainer.ending import Ending
+from mindspeed_mm_rl.trainer.guardian import Guardian
+from mindspeed_mm_rl.trainer.resume import start_of
 from mindspeed_mm_rl.trainer.rl import RLTrainer
+from mindspeed_mm_rl.trainer.save_folder import SaveFolder
 from mindspeed_mm_rl.trainer.state import RunState
 from mindspeed_mm_rl.workers import placement
-from mindspeed_mm_rl.workers.group import ActorGroup, RolloutGroupStream
+from mindspeed_mm_rl.workers.group import ActorGroup
+from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 
 _console = Console(stderr=True)
 
 
 def run(plan: Plan) -> None:
-    """The whole training run. Raises ValueError or RuntimeError with one sentence when it cannot go on; nothing is left running."""
-    with closing(PromptLoader(plan.data)) as loader, RewardPool(RewardSettings(**asdict(plan.reward))) as rewards:
-        rewards.wait_ready()
+    """The whole training run; nothing of it is left running.
+
+    Raises, with one sentence, ValueError (the user's to mend), RunFailed (a worker is lost, no memory, no disk) or StoppedBySignal.
+    """
+    saves = SaveFolder(Path(plan.run.save))
+    if plan.run.save:
+        saves.mend()
+    start = start_of(plan)
+    if start.is_finished:
+        _console.print(start.finished_line)
+        return
+    if start.save is not None and start.save.parent == saves.root:
+        # From here on the text file is right whatever was asked for: a run that dies before its first save is continued from the same one.
+        saves.point_at(start.iteration)
+    plan = start.plan
+    state = RunState(start, start.iteration)
+    with Ending() as ending, Guardian(plan.run.save) as guardian, closing(PromptLoader(plan.data)) as loader:
         try:
-            with _console.status("starting Ray, the trainer and the rollout engine"):
-                actor, rollout = _start_workers(plan)
-            _train(plan, actor, rollout, loader, rewards)
+            with RewardPool(RewardSettings(**asdict(plan.reward))) as rewards, ending.said(state):
+                rewards.wait_ready()
+                with _console.status("starting Ray, the trainer and the rollout engine"):
+                    actor, rollout = _start_workers(plan, guardian)
+                _train(state, actor, rollout, loader, rewards)
         finally:
             placement.stop()
+            if plan.run.save:
+                # After the workers, which may have been writing.
+                saves.remove_leftovers()
 
 
-def _start_workers(plan: Plan) -> tuple[ActorGroup, RolloutGroupStream]:
+def _start_workers(plan: Plan, guardian: Guardian) -> tuple[ActorGroup, RolloutGroupStream]:
     slots = placement.start(plan.run)
+    if slots.is_own_cluster:
+        guardian.tell(session=slots.session_folder)
     actor = ActorGroup(slots, plan, with_reference=plan.recipe.kl_coef != 0)
     rollout = RolloutGroupStream(slots, plan)
     parameters = actor.ready()
     rollout.ready()
+    rollout.while_waiting = actor.check_alive
     _console.print(f"{parameters:,} trainable parameters, {len(actor.workers)} trainer and {len(rollout.workers)} rollout process(es)")
     return actor, rollout
 
 
-def _train(plan: Plan, actor: ActorGroup, rollout: RolloutGroupStream, loader: PromptLoader, rewards: RewardPool) -> None:
-    settings = RecipeSettings(**asdict(plan.recipe))
-    recipe, kl, state = make_recipe(settings), make_kl_controller(settings), RunState(plan)
-    found = recognise(plan.train.load)
-    if found.kind == "training":
-        state.resume(found.weights.parent, actor, loader, kl)
-        _console.print(f"continuing {found.weights.parent} after iteration {state.iteration}")
+def _train(state: RunState, actor: ActorGroup, rollout: RolloutGroupStream, loader: PromptLoader, rewards: RewardPool) -> None:
+    plan, settings = state.plan, RecipeSettings(**asdict(state.plan.recipe))
+    recipe, kl = make_recipe(settings), make_kl_controller(settings)
+    state.resume(actor, loader, kl)
     collector = Collector(plan, recipe, loader, actor, rollout, rewards, loader.builder.renderer.tokenizer)
     output = Path(plan.run.output)
     with closing(open_metric_log(output, plan.run.train_iters, state.iteration, plan.run.use_tensorboard)) as log:

@@ -25,7 +25,8 @@ from mindspeed_mm_rl.metrics import Stopwatch
 from mindspeed_mm_rl.rewards.pool import RewardPool
 from mindspeed_mm_rl.rewards.scoring import GroupScores
 from mindspeed_mm_rl.types import Group, Prompt, RolloutGroup, RolloutRequest
-from mindspeed_mm_rl.workers.group import ActorGroup, RolloutGroupStream
+from mindspeed_mm_rl.workers.group import ActorGroup
+from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 
 _FRUITLESS_BATCHES = 10
 """Generation batches without a single group to train on after which a run ends: its model cannot learn from this metric."""

@@ -16,7 +16,8 @@ from mindspeed_mm_rl.trainer.batch import mini_batches, to_batch
 from mindspeed_mm_rl.trainer.collect import Collector
 from mindspeed_mm_rl.trainer.record import record_of
 from mindspeed_mm_rl.trainer.state import RunState
-from mindspeed_mm_rl.workers.group import ActorGroup, RolloutGroupStream
+from mindspeed_mm_rl.workers.group import ActorGroup
+from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 
 
 @dataclass
@@ -65,7 +66,10 @@ class RLTrainer:
                     updates.append((len(mini), self.actor.update(mini, images, policy_loss)))
             with clock.measure("resharding_to_infer"):
                 self.publish(step)
-        record = record_of(self.plan, collected, batch, updates, clock) | {"actor/kl_coef": self.kl.coef}
+        record = record_of(self.plan, collected, batch, updates, clock) | {
+            "actor/kl_coef": self.kl.coef,
+            "rollout/replaced_replicas": float(self.rollout.take_replaced()),
+        }
         self.kl.update(record["actor/kl_loss"], len(batch))
         return record
 

@@ -1,15 +1,14 @@
-"""Saves and resumes: one folder per iteration, whole or not there at all, and a text file that names the one to use.
-
-save/latest_checkpointed_iteration.txt      an iteration; editing it picks another save
-save/iter_0000050/actor/                    weights, optimizer, schedule, random state (torch_dist)
-save/iter_0000050/state.json                everything else that a resumed run needs
-"""
+"""What a run must remember to go on as if it had never stopped: written into each save, and taken from one."""
 
 from __future__ import annotations
 
-import json
+import errno
+import math
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,96 +17,95 @@ from typing import Any
 from mindspeed_mm_rl.algorithms.kl import KLController
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.data.loader import PromptLoader
+from mindspeed_mm_rl.models.names import entries
+from mindspeed_mm_rl.models.weight_files import read_config
+from mindspeed_mm_rl.trainer.resume import Start
+from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, SaveFolder, write_state
 from mindspeed_mm_rl.workers.group import ActorGroup
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _VERSIONS_OF = ("torch", "megatron-core", "ray", "transformers")
-_FOLDER_MODE, _FILE_MODE = 0o750, 0o640
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
 class RunState:
-    plan: Plan
+    start: Start
     iteration: int = 0
     """Iterations that are finished."""
 
+    @property
+    def plan(self) -> Plan:
+        return self.start.plan
+
     def save(self, actor: ActorGroup, loader: PromptLoader, kl: KLController) -> Path:
-        """Writes under a temporary name, syncs, renames, and only then points the text file at it; returns the folder."""
-        root = Path(self.plan.run.save)
-        final, temporary = root / f"iter_{self.iteration:07d}", root / f".iter_{self.iteration:07d}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "actor").mkdir(parents=True, mode=_FOLDER_MODE)
-        actor.save(str((temporary / "actor").resolve()))
-        (temporary / "state.json").write_text(json.dumps(self._contents(loader, kl), indent=1), encoding="utf-8")
-        _make_durable(temporary)
-        replaced = root / f".iter_{self.iteration:07d}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
-            final.rename(replaced)
-        temporary.rename(final)
-        _write_tracker(root, self.iteration)
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._remove_old(root)
-        return final
+        """Returns the folder. Raises RuntimeError, and leaves the earlier saves as they are, when the save cannot be written."""
+        saves = SaveFolder(Path(self.plan.run.save))
+        with self._told(saves), saves.new_save(self.iteration) as folder:
+            actor.save(str((folder / ACTOR_FOLDER).resolve()))
+            write_state(folder, self._contents(loader, kl))
+        saves.remove_old(self.plan.run.keep_last)
+        return saves.path_of(self.iteration)
 
     def _contents(self, loader: PromptLoader, kl: KLController) -> dict[str, Any]:
         return {
             "iteration": self.iteration,
+            "written": time.time(),
             "data": loader.state(),
             "kl_controller": kl.state(),
-            "reference_load": self.plan.train.reference_load,
+            "reference": asdict(self.start.reference) if self.start.reference else None,
             "plan": asdict(self.plan),
             "versions": {name: version(name) for name in _VERSIONS_OF},
         }
 
-    def _remove_old(self, root: Path) -> None:
-        # By age: a run that went on from an earlier iteration must not count an abandoned later one as newer.
-        saves = sorted(
-            (save for save in root.glob("iter_*") if (save / "state.json").is_file()),
-            key=lambda save: (save / "state.json").stat().st_mtime_ns,
-        )
-        for old in saves[: -self.plan.run.keep_last] if self.plan.run.keep_last else []:
-            shutil.rmtree(old)
+    @contextmanager
+    def _told(self, saves: SaveFolder) -> Iterator[None]:
+        """Says of a save that failed: why, where, how much space there was, and what a next run goes on from."""
+        free = free_bytes(saves.root)
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            earlier, _ = saves.newest_whole()
+            rest = f"{earlier} is whole and still the save to go on from" if earlier else "there is no earlier save"
+            cause = _cause(error, saves.root, save_bytes(self.plan), free)
+            raise RuntimeError(f"iteration {self.iteration} could not be saved: {cause}; {rest}") from error
 
-    def resume(self, folder: Path, actor: ActorGroup, loader: PromptLoader, kl: KLController) -> None:
-        """Continues from a save. Raises ValueError when the folder is no whole save."""
-        contents = read_state(folder)
-        actor.load(str((folder / "actor").resolve()))
-        if self.plan.train.finetune:
+    def resume(self, actor: ActorGroup, loader: PromptLoader, kl: KLController) -> None:
+        """Continues from the save of `start`; without one there is nothing to do."""
+        if self.start.save is None:
             return
-        loader.load_state(contents["data"])
-        kl.load_state(contents["kl_controller"])
-        self.iteration = int(contents["iteration"])
+        actor.load(str((self.start.save / ACTOR_FOLDER).resolve()))
+        loader.load_state(self.start.contents["data"])
+        kl.load_state(self.start.contents["kl_controller"])
+        self.iteration = self.start.iteration
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{folder} is no whole training save: state.json cannot be read ({error}); pick another iteration in {TRACKER}"
-        ) from error
+def save_bytes(plan: Plan) -> int:
+    """About what one save takes: weights, and per trained weight the optimizer's two moments (and its float32 copy of the weight)."""
+    width = {"float32": 4, "bfloat16": 2}[plan.train.dtype]
+    optimizer = 8 if plan.train.dtype == "float32" and not plan.train.optimizer.use_distributed_optimizer else 12
+    frozen = {"vision": plan.train.freeze_vision, "projector": plan.train.freeze_projector, "text": False}
+    table = entries(read_config(plan.train.hf_path))
+    return sum(math.prod(entry.mm_shape) * (width + (0 if frozen[entry.part] else optimizer)) for entry in table)
 
 
-def _make_durable(folder: Path) -> None:
-    """fsync of every file and folder, files 640 and folders 750."""
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(_FOLDER_MODE if path.is_dir() else _FILE_MODE)
-        _sync(path)
+def free_bytes(folder: Path) -> int:
+    """In the file system that holds `folder`, which need not be there yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def size_text(number: int) -> str:
+    """Example: size_text(3 << 29) == "1.5 GiB"."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number / 1024:.0f} KiB"
 
 
-def _write_tracker(root: Path, iteration: int) -> None:
-    temporary = root / f".{TRACKER}.partial"
-    temporary.write_text(f"{iteration}\n", encoding="utf-8")
-    temporary.chmod(_FILE_MODE)
-    _sync(temporary)
-    temporary.rename(root / TRACKER)
-    _sync(root)
+def _cause(error: BaseException, root: Path, needed: int, free: int) -> str:
+    text = " ".join(str(error).split())
+    # A worker's reason arrives as text; torch's writer names none at all when the disk is full.
+    if free < needed or any(os.strerror(number) in text for number in _NO_SPACE):
+        return f"no space left in {root}, a save takes about {size_text(needed)} and {size_text(free)} were free; make room there"
+    if os.strerror(errno.EROFS) in text:
+        return f"{root} is on a read-only file system; make it writable"
+    return f"{text} (writing into {root})"

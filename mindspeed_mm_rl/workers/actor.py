@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_mm_rl.workers.worker import Worker, fetched
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,11 +16,18 @@ if TYPE_CHECKING:
     from mindspeed_mm_rl.weights.host import WeightHandle
 
 
-class ActorWorker:
-    """One process of the trainer group. Heavy imports wait until here: the platform must adapt megatron before it is first imported."""
+class ActorWorker(Worker):
+    """One process of the trainer group."""
 
     def __init__(self, plan: TrainPlan, rank: int, world_size: int, address: str, **engine_options: bool) -> None:
+        self.plan, self.rank, self.world_size, self.address, self.engine_options = plan, rank, world_size, address, engine_options
+
+    def start(self) -> int:
+        """Builds the engine; returns the number of trainable parameters."""
+        # Imported here: the platform must adapt megatron before it is first imported.
         from mindspeed_mm_rl.platforms import device
+
+        plan = self.plan
 
         device.set_threads(plan.threads)
         if plan.deterministic:
@@ -27,11 +36,8 @@ class ActorWorker:
         from mindspeed_mm_rl.engines.megatron import process_groups
         from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
 
-        process_groups.initialize(plan, rank, world_size, address)
-        self.engine = MegatronTrainEngine(plan, **engine_options)
-
-    def ready(self) -> int:
-        """Trainable parameters."""
+        process_groups.initialize(plan, self.rank, self.world_size, self.address)
+        self.engine = MegatronTrainEngine(plan, **self.engine_options)
         return sum(p.numel() for p in self.engine.policy.parameters() if p.requires_grad)
 
     def encode(self, images: dict[str, ImageInput]) -> tuple[dict[str, ImageFeatures], int]:
@@ -60,16 +66,3 @@ class ActorWorker:
 
     def load(self, folder: str) -> None:
         self.engine.load(Path(folder))
-
-    def peak_memory(self) -> int:
-        """Bytes."""
-        from mindspeed_mm_rl.platforms import device
-
-        return device.peak_memory_bytes()
-
-
-def fetched(images: list[Any]) -> dict[str, Any]:
-    """Object refs of picture tables -> one table; arrays are mapped from the object store, not copied."""
-    import ray
-
-    return {key: image for table in ray.get(images) for key, image in table.items()}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import RunPlan
-from mindspeed_mm_rl.platforms import env
+from mindspeed_mm_rl.platforms import env, processes, signals
+from mindspeed_mm_rl.workers.calls import Call, answers
+from mindspeed_mm_rl.workers.failure import Member
 
 _OBJECT_STORE_BYTES_ON_CPU = 512 << 20
 _DEVICE_SHARE, _CPU_SHARE = 0.5, 0.5
@@ -22,6 +25,11 @@ class Slots:
     group: Any
     device: str
     count: int
+    node: str
+    """Address of this machine, as Ray knows it."""
+    session_folder: str
+    """Ray's files on this machine."""
+    is_own_cluster: bool
 
 
 def start(run: RunPlan) -> Slots:
@@ -32,22 +40,28 @@ def start(run: RunPlan) -> Slots:
     import ray
     from ray.util.placement_group import placement_group
 
-    env.set_all({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"})
+    env.set_all({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"} | processes.PROCESS_ENV)
     address = env.read("RAY_ADDRESS")
     new_cluster = {"address": "local", "include_dashboard": False}
     if run.device == "cpu":
         new_cluster |= {"num_cpus": 2 * run.num_devices + 1, "object_store_memory": _OBJECT_STORE_BYTES_ON_CPU}
-    ray.init(log_to_driver=False, logging_level="ERROR", **({"address": address} if address else new_cluster))
+    # Ray ends the process at SIGTERM by itself, and nothing would be said or saved.
+    with signals.kept():
+        context = ray.init(log_to_driver=False, logging_level="ERROR", **({"address": address} if address else new_cluster))
+    # What Ray's daemons say of a dead worker in many lines, the run says in one sentence.
+    ray._private.worker._worker_logs_enabled = False
     group = placement_group([_bundle(run.device)] * run.num_devices, strategy="PACK")
     if not group.wait(run.timeout_seconds):
         raise ValueError(
             f"actor_resource asks for {run.num_devices} x {_bundle(run.device)} but the cluster offers {ray.cluster_resources()}; "
             "lower actor_resource.num_npus or add nodes"
         )
-    return Slots(group, run.device, run.num_devices)
+    info = context.address_info
+    return Slots(group, run.device, run.num_devices, info["node_ip_address"], info["session_dir"], is_own_cluster=not address)
 
 
 def stop() -> None:
+    """Ends every process of the run."""
     import ray
 
     ray.shutdown()
@@ -69,11 +83,33 @@ def spawn(slots: Slots, worker: type, slot: int, variables: dict[str, str], **ar
             num_cpus=_CPU_SHARE,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(slots.group, placement_group_bundle_index=slot),
-            runtime_env={"env_vars": _COMMON_ENV | variables},
+            runtime_env={"env_vars": _COMMON_ENV | processes.PROCESS_ENV | _marker() | variables},
             **share,
         )
         .remote(**arguments)
     )
+
+
+def _marker() -> dict[str, str]:
+    """Workers on a cluster that others started don't inherit it."""
+    marker = env.read(processes.RUN_MARKER)
+    return {processes.RUN_MARKER: marker} if marker else {}
+
+
+def introduced(role: str, actors: Sequence[Any], slots: Slots, timeout_seconds: float) -> list[Member]:
+    """Waits for the processes, not for their engines. The number of a member is its place in the list."""
+    unknown = [Member(role, number, actor) for number, actor in enumerate(actors)]
+    calls = [Call(member, member.actor.alive.remote()) for member in unknown]
+    return [
+        _introduced(member, pid, node, slots)
+        for member, (pid, node) in zip(unknown, answers(calls, timeout_seconds, "start of the process"), strict=True)
+    ]
+
+
+def _introduced(member: Member, pid: int, node: str, slots: Slots) -> Member:
+    if node != slots.node:
+        return Member(member.role, member.number, member.actor, pid, node)
+    return Member(member.role, member.number, member.actor, pid, node, f"{slots.session_folder}/logs", processes.memory_kills())
 
 
 def free_address() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mindspeed_mm_rl.workers.actor import fetched
+from mindspeed_mm_rl.workers.worker import Worker, fetched
 
 if TYPE_CHECKING:
     from mindspeed_mm_rl.config.plan import RolloutPlan
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from mindspeed_mm_rl.weights.host import WeightHandle
 
 
-class RolloutWorker:
+class RolloutWorker(Worker):
     """One rollout replica; a generator method streams each group as soon as it is finished."""
 
     def __init__(self, plan: RolloutPlan, seed: int) -> None:
+        self.plan, self.seed = plan, seed
+
+    def start(self) -> None:
         from mindspeed_mm_rl.engines.vllm.engine import VllmRolloutEngine
 
-        self.engine = VllmRolloutEngine(plan, seed)
-
-    def ready(self) -> bool:
-        return True
+        self.engine = VllmRolloutEngine(self.plan, self.seed)
 
     def generate(self, requests: list[RolloutRequest], images: list[Any], num_samples: int) -> Iterator[RolloutGroup]:
         """images: object refs of picture tables."""
@@ -30,9 +30,3 @@ class RolloutWorker:
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         self.engine.receive_weights(handle, policy_version)
-
-    def peak_memory(self) -> int:
-        """Bytes."""
-        from mindspeed_mm_rl.platforms import device
-
-        return device.peak_memory_bytes()

@@ -20,7 +20,8 @@ from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.trainer.batch import to_batch
 from mindspeed_mm_rl.types import Batch, Group, ImageInput, Prompt, RolloutRequest
 from mindspeed_mm_rl.workers import placement
-from mindspeed_mm_rl.workers.group import ActorGroup, RolloutGroupStream
+from mindspeed_mm_rl.workers.group import ActorGroup
+from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 from tests.plans import MAX_PIXELS, MIN_PIXELS, whole_plan
 
 TOLERANCE = 1e-4

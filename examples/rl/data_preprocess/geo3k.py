@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_dir", default="~/data/geo3k", help="where train.parquet and test.parquet are written")
     parser.add_argument("--local_data", nargs="+", help=f"folder or parquet files of {DATA_SOURCE}; without it they are downloaded")
     options = parser.parse_args(arguments)
+    # New files are 640 and folders 750; a stricter umask stays.
+    os.umask(os.umask(0o077) | 0o027)
     try:
         sources = local_sources([Path(path).expanduser() for path in options.local_data]) if options.local_data else hub_sources()
         write_splits(sources, Path(options.local_dir).expanduser())

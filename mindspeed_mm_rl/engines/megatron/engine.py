@@ -243,10 +243,9 @@ class MegatronTrainEngine:
         saves.save(folder, self.policy, self.optimizer, self.schedule)
 
     def load(self, folder: Path) -> None:
-        """Resumes from a save's `actor` folder, as far as no_load_optim, no_load_rng and finetune let it."""
-        plan = self.plan
-        optimizer = None if plan.finetune or plan.no_load_optim else self.optimizer
-        saves.load(folder, self.policy, optimizer, self.schedule, with_rng=not (plan.finetune or plan.no_load_rng))
+        """Resumes from a save's `actor` folder, as far as no_load_optim and no_load_rng let it."""
+        optimizer = None if self.plan.no_load_optim else self.optimizer
+        saves.load(folder, self.policy, optimizer, self.schedule, with_rng=not self.plan.no_load_rng)
         if optimizer is None:
             # In bfloat16 it trains float32 copies of its own, and would put the weights from before back.
             self.optimizer.reload_model_params()

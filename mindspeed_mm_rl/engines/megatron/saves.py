@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mindspeed_mm_rl.models.saved_weights import refuse_code
 from mindspeed_mm_rl.platforms import device
 from mindspeed_mm_rl.platforms.compat import megatron_is_0_12
 
@@ -26,9 +27,13 @@ def save(folder: Path, policy: Any, optimizer: Any, schedule: Any) -> None:
 
 
 def load(folder: Path, policy: Any, optimizer: Any | None, schedule: Any, with_rng: bool) -> None:
-    """Collective. optimizer None: only weights are taken, the optimizer and its schedule start anew."""
+    """Collective. optimizer None: only weights are taken, the optimizer and its schedule start anew.
+
+    Raises ValueError, before anything is unpickled, for a folder that holds more than data.
+    """
     from megatron.core import dist_checkpointing
 
+    refuse_code(folder)
     state = dist_checkpointing.load(_sharded_state(policy, optimizer, is_loading=True), str(folder))
     load_policy(policy, state["model"])
     if optimizer is not None:

@@ -1,0 +1,1 @@
+"""Text data sets to columns of token ids: records -> samples -> chat template -> IndexedDataset files."""

@@ -1,0 +1,81 @@
+"""What the operating system says of processes (Linux), and which of them belong to one run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+RUN_MARKER = "MM_RL_RUN"
+"""Environment variable that every process of a run inherits: parents come and go (orphans belong to init), this stays."""
+PROCESS_ENV = {
+    # Without it a process that gives itself a title writes over its environment, and with it the marker.
+    "SPT_NOENV": "1"
+}
+_PROC = Path("/proc")
+_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+"""Reading /proc raises these when the process has ended meanwhile or is somebody else's."""
+_LOOK_SECONDS = 0.2
+
+
+def of_run(marker: str) -> list[int]:
+    """Ids of living processes that carry this marker, the caller itself never among them."""
+    entry = f"{RUN_MARKER}={marker}".encode()
+    return [int(path.name) for path in _PROC.iterdir() if path.name.isdigit() and int(path.name) != os.getpid() and _holds(path, entry)]
+
+
+def _holds(process: Path, entry: bytes) -> bool:
+    try:
+        return entry in (process / "environ").read_bytes().split(b"\0") and _state(process) not in "ZX"
+    except _GONE:
+        return False
+
+
+def end_all(marker: str, spared: Collection[int], within_seconds: float) -> list[int]:
+    """Kills every process of the run but `spared`, again and again, for a dying one may still start others; returns those that are left."""
+    deadline = time.monotonic() + within_seconds
+    while (left := [pid for pid in of_run(marker) if pid not in spared]) and time.monotonic() < deadline:
+        for pid in left:
+            kill(pid)
+        time.sleep(_LOOK_SECONDS)
+    return left
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this machine was stopped by a signal (SIGSTOP, a debugger)."""
+    try:
+        return _state(_PROC / str(pid)) in "tT"
+    except _GONE:
+        return False
+
+
+def _state(process: Path) -> str:
+    # The name before it stands in parentheses and may hold spaces and parentheses itself.
+    return (process / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def memory_kills() -> int | None:
+    """How many processes the kernel has killed for want of memory since boot; None where it doesn't say."""
+    try:
+        counters = dict(line.split() for line in (_PROC / "vmstat").read_text().splitlines())
+    except _GONE:
+        return None
+    return int(counters["oom_kill"]) if "oom_kill" in counters else None
+
+
+def remove_ray_session(folder: Path) -> None:
+    """Ray keeps the logs and sockets of every session for ever, and a link to the last one."""
+    latest = folder.parent / "session_latest"
+    if latest.is_symlink() and latest.readlink().name == folder.name:
+        latest.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

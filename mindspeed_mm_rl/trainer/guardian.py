@@ -1,0 +1,95 @@
+"""A small process beside the driver that outlives it: whatever way a run ends, nothing of it is left running.
+
+driver --{"session": folder}-->  guardian    Ray's files, to be removed
+       --{"over": true}------->              the driver has taken everything down itself: look for leftovers, say nothing
+       --end of the pipe------>              without "over": the driver was killed; end every process of the run, say so
+
+A process belongs to the run when it has inherited the run's marker (platforms/processes.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from mindspeed_mm_rl.platforms import env, processes, signals
+from mindspeed_mm_rl.trainer.save_folder import SaveFolder
+
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from mindspeed_mm_rl.trainer.guardian import main; main(sys.argv[1])"
+_SWEEP_SECONDS = 20.0
+
+
+class Guardian:
+    """The driver's side. Everything that is started inside the block carries the marker."""
+
+    def __init__(self, save: str) -> None:
+        self.marker = secrets.token_hex(8)
+        self._order = json.dumps({"marker": self.marker, "driver": os.getpid(), "save": save})
+
+    def __enter__(self) -> Guardian:
+        env.set_all({processes.RUN_MARKER: self.marker} | processes.PROCESS_ENV)
+        # A session of its own: Ctrl-C and the end of the terminal are not for it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _BOOT, self._order, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.tell(over=True)
+        try:
+            self._process.stdin.close()
+            self._process.wait(2 * _SWEEP_SECONDS)
+        finally:
+            env.remove(processes.RUN_MARKER)
+
+    def tell(self, **message: object) -> None:
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return  # Somebody killed the guardian; the run doesn't need it to go on.
+
+
+def main(order: str) -> None:
+    for number in signals.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    settings = json.loads(order)
+    told: dict[str, object] = {}
+    for line in sys.stdin:
+        told |= json.loads(line)
+    is_over = "over" in told
+    left = processes.end_all(settings["marker"], [settings["driver"]] if is_over else [], _SWEEP_SECONDS)
+    if "session" in told:
+        processes.remove_ray_session(Path(str(told["session"])))
+    if left:
+        print(f"error: processes {left} of the run can't be ended", file=sys.stderr, flush=True)
+    if not is_over:
+        print(
+            f"error: the driver (pid {settings['driver']} on {os.uname().nodename}) was killed, by signal 9 (SIGKILL) or for want of memory; "
+            f"every process of the run was ended. {go_on(settings['save'])}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def go_on(save: str) -> str:
+    """How a run continues whose saves are in this folder."""
+    if not save:
+        return "Nothing was saved (actor_config.save is not set): the same command starts from the beginning"
+    try:
+        newest, _ = SaveFolder(Path(save)).newest_whole()
+    except OSError as error:
+        return f"Whether there is a save in {save} can't be read ({error.strerror})"
+    if newest is None:
+        return f"There is no save in {save} yet: the same command starts from the beginning"
+    iteration = int(newest.name.removeprefix("iter_"))
+    return f"To go on after iteration {iteration}: the same command with rl_config.resume=auto (it continues {newest})"

@@ -1,0 +1,206 @@
+"""Where a run begins: at a save that is whole, or with the weights of actor_config.load.
+
+resume auto --newest whole save of actor_config.save--> continue it ---.
+resume PATH --that save, or an error------------------> continue it ----+--> Start: the save, and the reference that it was trained with
+otherwise: actor_config.load --a training save--------> continue it ---'
+                             '-any other weights, or finetune--> a new run
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.models.weight_digest import weight_digest
+from mindspeed_mm_rl.models.weight_files import WeightFolder, recognise
+from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, TRACKER, SaveFolder, check_whole
+
+_REFERENCE_KEY = "rl_config.integrated_mode_config.ref_model_load_path"
+_DIGITS_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Weights of the KL term. Example: Reference("/ckpt/mm/release", "5f0c...")."""
+
+    path: str
+    digest: str
+    """sha256 of models/weight_digest.py."""
+
+    @property
+    def short(self) -> str:
+        return f"sha256 {self.digest[:_DIGITS_SHOWN]}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A decision. Example: Start(plan) is a new run; Start(plan, Path("ckpt/dapo/iter_0000050"), 50, contents)."""
+
+    plan: Plan
+    """train.load and train.reference_load are where the weights really come from."""
+    save: Path | None = None
+    """The save that is continued."""
+    iteration: int = 0
+    contents: dict[str, Any] = field(default_factory=dict)
+    """state.json of the save."""
+    reference: Reference | None = None
+    """None without a KL term."""
+    notes: tuple[str, ...] = ()
+    """What a user should see of the decision, a sentence each."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.iteration >= self.plan.run.train_iters
+
+    @property
+    def finished_line(self) -> str:
+        return (
+            f"nothing left to train: {self.save} is at iteration {self.iteration} and megatron_training.train_iters is "
+            f"{self.plan.run.train_iters}; raise train_iters to go on, or give rl_config.resume=off to begin anew"
+        )
+
+
+def start_of(plan: Plan) -> Start:
+    """Decides, and checks what was decided. Reads only.
+
+    Raises ValueError when a save that is asked for isn't whole, and when a KL term is on whose reference isn't known or has changed.
+    """
+    save, passed_over = _chosen(plan)
+    notes = tuple(f"passed over: {reason}" for reason in passed_over)
+    if save is None:
+        start = Start(plan, notes=notes)
+    else:
+        contents = check_whole(save)
+        train = replace(plan.train, load=str(save / ACTOR_FOLDER), finetune=False)
+        iteration = int(contents["iteration"])
+        said = f"continuing {save} after iteration {iteration}"
+        start = Start(replace(plan, train=train), save, iteration, contents, notes=(*notes, said))
+    if start.is_finished or not plan.recipe.kl_coef:
+        return start
+    reference = _reference(plan, start)
+    return replace(start, reference=reference, plan=replace(start.plan, train=replace(start.plan.train, reference_load=reference.path)))
+
+
+def _chosen(plan: Plan) -> tuple[Path | None, list[str]]:
+    """The save to continue, and why others were passed over."""
+    run = plan.run
+    if run.resume == "off":
+        if _continues_load(plan):
+            raise ValueError(
+                f"rl_config.resume is off, but actor_config.load ({plan.train.load}) is a training save, which is continued unless "
+                "actor_config.finetune is true: set finetune to true to take its weights alone, or resume to auto"
+            )
+        return None, []
+    if run.resume != "auto":
+        return _whole("rl_config.resume", run.resume), []
+    newest, passed_over = SaveFolder(Path(run.save)).newest_whole() if run.save else (None, [])
+    if newest is not None:
+        _check_one_meaning(plan, newest)
+        return newest, passed_over
+    return (_whole("actor_config.load", plan.train.load) if _continues_load(plan) else None), passed_over
+
+
+def _continues_load(plan: Plan) -> bool:
+    """Whether actor_config.load is a training save that is meant as one."""
+    return not plan.train.finetune and _recognised("actor_config.load", plan.train.load).kind == "training"
+
+
+def _recognised(key: str, folder: str) -> WeightFolder:
+    try:
+        return recognise(folder)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _whole(key: str, folder: str) -> Path:
+    """The whole training save that a user's key names."""
+    found = _recognised(key, folder)
+    if found.kind != "training":
+        raise ValueError(f"{key}: {folder} holds weights to begin with and no training save; give it to actor_config.load")
+    save = found.weights.parent
+    try:
+        check_whole(save)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}; name another save in {TRACKER}, or its iter_ folder in {key}") from error
+    return save
+
+
+def _check_one_meaning(plan: Plan, newest: Path) -> None:
+    """actor_config.load may name a save among those of actor_config.save, but then it must be the one that is continued."""
+    loaded = _training_save(plan.train.load)
+    if loaded is None or loaded.resolve().parent != newest.resolve().parent:
+        return
+    if plan.train.finetune:
+        raise ValueError(
+            f"actor_config.finetune is true and actor_config.load is {loaded}, but rl_config.resume (auto) continues {newest} of the same "
+            "folder: set resume to off to begin anew with the weights alone, or finetune to false to continue"
+        )
+    if loaded.name in Path(plan.train.load).parts and loaded.resolve() != newest.resolve():
+        raise ValueError(
+            f"actor_config.load is {loaded}, but rl_config.resume (auto) continues {newest}: "
+            f"give rl_config.resume={loaded} to go back to it"
+        )
+
+
+def _training_save(folder: str) -> Path | None:
+    """None also for a folder that is gone: a run that is continued doesn't need it any more."""
+    try:
+        found = recognise(folder)
+    except ValueError:
+        return None
+    return found.weights.parent if found.kind == "training" else None
+
+
+def _reference(plan: Plan, start: Start) -> Reference:
+    """plan: the user's, in which reference_load is `load` unless it was given."""
+    train = plan.train
+    given = train.reference_load if train.reference_load != train.load else ""
+    # A save in the middle of a run is no reference of its own.
+    base = train.load if train.finetune or _training_save(train.load) is None else ""
+    recorded = Reference(**start.contents["reference"]) if start.contents.get("reference") else None
+    if recorded is None:
+        if not given and not base:
+            raise ValueError(
+                f"a KL term is on and {start.save} doesn't say what its reference is: give the weights that training began with in "
+                f"{_REFERENCE_KEY}"
+            )
+        return _digested(_REFERENCE_KEY if given else "actor_config.load", given or base, train.hf_path)
+    if not given:
+        return _remembered(recorded, base, start, train.hf_path)
+    found = _digested(_REFERENCE_KEY, given, train.hf_path)
+    if found.digest != recorded.digest:
+        raise ValueError(
+            f"{_REFERENCE_KEY}: the weights in {given} ({found.short}) are not those that {start.save} was trained with, "
+            f"{recorded.path} ({recorded.short}): give those, or begin anew with another reference (actor_config.finetune=true)"
+        )
+    return found
+
+
+def _digested(key: str, folder: str, hf_path: str) -> Reference:
+    found = _recognised(key, folder)
+    # The file of mm-convert lies two folders below the one that can be given.
+    path = found.weights.parents[1] if found.kind == "mm" else found.weights
+    try:
+        return Reference(str(path), weight_digest(path, hf_path))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _remembered(recorded: Reference, base: str, start: Start, hf_path: str) -> Reference:
+    """The recorded reference where its weights still are: at its path, or in actor_config.load."""
+    reasons = []
+    for path in dict.fromkeys(path for path in (recorded.path, base) if path):
+        try:
+            found = _digested(path, path, hf_path)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        if found.digest == recorded.digest:
+            return found
+        reasons.append(f"{path} holds other weights now ({found.short})")
+    raise ValueError(
+        f"the reference that {start.save} was trained with, {recorded.path} ({recorded.short}), is gone: {'; '.join(reasons)}. Put it "
+        f"back, or give a copy of it in {_REFERENCE_KEY}"
+    )

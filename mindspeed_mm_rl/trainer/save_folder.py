@@ -1,0 +1,204 @@
+"""The folder of a run's saves: each is whole or not there at all, and a text file names the one to use.
+
+save/latest_checkpointed_iteration.txt      an iteration; editing it picks another save
+save/iter_0000050/actor/                    weights, optimizer, schedule, random state (torch_dist)
+save/iter_0000050/state.json                everything else that a resumed run needs, and the list of the save's files
+save/.iter_0000050.5f0c.partial             a save that is being written
+save/.iter_0000050.replaced, .removed       one that is about to go
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm_rl.data.rows import file_digest
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STATE_FILE = "state.json"
+ACTOR_FOLDER = "actor"
+_RELEASE = "release"
+_SHARDS_OF = f"{ACTOR_FOLDER}/.metadata"
+_KEYS = ("iteration", "written", "data", "kl_controller", "files")
+_FOLDER_MODE, _FILE_MODE = 0o750, 0o640
+_HASHED_BYTES = 2**20
+"""Files up to this size are hashed; for larger ones the size must do, or a check would read the whole save."""
+
+
+class SaveFolder:
+    """Example: SaveFolder(Path("ckpt/dapo")).newest_whole() -> (Path("ckpt/dapo/iter_0000050"), [])."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path_of(self, iteration: int) -> Path:
+        return self.root / f"iter_{iteration:07d}"
+
+    def newest_whole(self) -> tuple[Path | None, list[str]]:
+        """The save that the text file names; where it isn't whole, the one of the others that was written last.
+
+        Also why those before it were passed over, a sentence each. None when there is no whole save, or the text file says release.
+        """
+        tracked = self._tracked()
+        if tracked == _RELEASE:
+            return None, []
+        known = not tracked or tracked.isdigit()
+        reasons = [] if known else [f"{self.root / TRACKER} says {tracked!r}, which is no iteration"]
+        for save in self._in_order():
+            try:
+                check_whole(save)
+            except ValueError as error:
+                reasons.append(str(error))
+                continue
+            return save, reasons
+        return None, reasons
+
+    def _in_order(self) -> list[Path]:
+        saves = sorted(self._saves(), key=_written, reverse=True)
+        tracked = self._tracked()
+        if not tracked.isdigit():
+            return saves
+        named = self.path_of(int(tracked))
+        return [named, *(save for save in saves if save != named)]
+
+    def _saves(self) -> list[Path]:
+        return [save for save in self.root.glob("iter_*") if save.name.removeprefix("iter_").isdigit() and save.is_dir()]
+
+    def _tracked(self) -> str:
+        path = self.root / TRACKER
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+
+    @contextmanager
+    def new_save(self, iteration: int) -> Iterator[Path]:
+        """A folder to write into. When the block ends well it becomes the save that the text file names, else nothing of it is left."""
+        # A name of its own: a worker of a killed run may still be writing into the old one.
+        temporary = self.root / f".iter_{iteration:07d}.{secrets.token_hex(4)}.partial"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=_FOLDER_MODE)
+            (temporary / ACTOR_FOLDER).mkdir(parents=True, mode=_FOLDER_MODE)
+            yield temporary
+            _make_durable(temporary)
+            tracker = self._new_tracker(iteration)
+            self._put_in_place(temporary, self.path_of(iteration))
+            tracker.rename(self.root / TRACKER)
+            _sync(self.root)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self.remove_leftovers()
+
+    def point_at(self, iteration: int) -> None:
+        """Makes the text file name another save."""
+        self._new_tracker(iteration).rename(self.root / TRACKER)
+        _sync(self.root)
+
+    def _new_tracker(self, iteration: int) -> Path:
+        temporary = self.root / f".{TRACKER}.partial"
+        temporary.write_text(f"{iteration}\n", encoding="utf-8")
+        temporary.chmod(_FILE_MODE)
+        _sync(temporary)
+        return temporary
+
+    def _put_in_place(self, temporary: Path, final: Path) -> None:
+        if final.exists():
+            replaced = self._leaving(final, "replaced")
+            final.rename(replaced)
+        temporary.rename(final)
+
+    def _leaving(self, save: Path, why: str) -> Path:
+        """Where a save goes on its way out: it leaves its name at once, so that half of it is never taken for a save."""
+        path = save.with_name(f".{save.name}.{why}")
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def remove_old(self, keep_last: int) -> None:
+        """Leaves the `keep_last` saves that were written last; 0 = all. By age: what a run wrote that was abandoned is not newer."""
+        saves = sorted((save for save in self._saves() if _written(save)[0] < float("inf")), key=_written)
+        for old in saves[:-keep_last] if keep_last else []:
+            leaving = self._leaving(old, "removed")
+            old.rename(leaving)
+            shutil.rmtree(leaving)
+
+    def mend(self) -> None:
+        """What a killed run left behind: a save that was about to be replaced gets its name back, the rest is removed."""
+        for replaced in self.root.glob(".iter_*.replaced"):
+            final = self.root / replaced.name.removeprefix(".").removesuffix(".replaced")
+            if not final.exists():
+                replaced.rename(final)
+        self.remove_leftovers()
+
+    def remove_leftovers(self) -> None:
+        """Of saves; nobody may be writing one."""
+        for ending in ("partial", "replaced", "removed"):
+            for path in self.root.glob(f".iter_*.{ending}"):
+                shutil.rmtree(path, ignore_errors=True)
+        (self.root / f".{TRACKER}.partial").unlink(missing_ok=True)
+
+
+def write_state(save: Path, contents: dict[str, Any]) -> None:
+    """The last file of a save: `contents`, and the list of the files beside it."""
+    files = {path.relative_to(save).as_posix(): _entry(path) for path in sorted(save.rglob("*")) if path.is_file()}
+    (save / STATE_FILE).write_text(json.dumps({**contents, "files": files}, indent=1), encoding="utf-8")
+
+
+def check_whole(save: Path) -> dict[str, Any]:
+    """What state.json of a save says. Raises ValueError when a file of the save is missing or is not as it was written."""
+    try:
+        contents = json.loads((save / STATE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{save} is no whole training save: it has no {STATE_FILE}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{save} is no whole training save: {STATE_FILE} cannot be read ({error})") from error
+    missing = [key for key in _KEYS if key not in contents] if isinstance(contents, dict) else _KEYS
+    if missing:
+        raise ValueError(f"{save} is no whole training save: {STATE_FILE} lacks {', '.join(missing)}")
+    if _SHARDS_OF not in contents["files"]:
+        raise ValueError(f"{save} is no whole training save: {STATE_FILE} lists no {_SHARDS_OF}")
+    for name, recorded in contents["files"].items():
+        _check_file(save, name, recorded)
+    return contents
+
+
+def _check_file(save: Path, name: str, recorded: dict[str, Any]) -> None:
+    path = save / name
+    if not path.is_file():
+        raise ValueError(f"{save} is no whole training save: {name} is missing")
+    size = path.stat().st_size
+    if size != recorded["bytes"]:
+        raise ValueError(f"{save} is no whole training save: {name} has {size} bytes, {recorded['bytes']} were written")
+    if "sha256" in recorded and file_digest(path) != recorded["sha256"]:
+        raise ValueError(f"{save} is no whole training save: {name} is not what was written (its sha256 differs)")
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    return {"bytes": size, "sha256": file_digest(path)} if size <= _HASHED_BYTES else {"bytes": size}
+
+
+def _written(save: Path) -> tuple[float, str]:
+    """When a save was written, in seconds; one that can't say so counts as the newest, so that it is looked at and spoken of."""
+    try:
+        return float(json.loads((save / STATE_FILE).read_text(encoding="utf-8"))["written"]), save.name
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("inf"), save.name
+
+
+def _make_durable(folder: Path) -> None:
+    """fsync of every file and folder, files 640 and folders 750."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(_FOLDER_MODE if path.is_dir() else _FILE_MODE)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,41 @@
+"""Training saves made without a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+
+from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.data.loader import PromptLoader
+from mindspeed_mm_rl.models.weight_files import read_config, read_megatron_weights
+from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, SaveFolder, write_state
+
+WRITTEN = 1_700_000_000.0
+
+
+def contents(plan: Plan, iteration: int, **changes: Any) -> dict[str, Any]:
+    """state.json of a run that draws prompts_per_generation prompts in each iteration; a later iteration is written later."""
+    loader = PromptLoader(plan.data)
+    data = loader.state() | {"rows": iteration * plan.run.prompts_per_generation, "prompts": iteration * plan.run.prompts_per_generation}
+    loader.close()
+    state = {"iteration": iteration, "written": WRITTEN + iteration, "data": data, "kl_controller": {"coef": 0.01}, "reference": None}
+    return state | changes
+
+
+def make_saves(plan: Plan, *iterations: int, **changes: Any) -> SaveFolder:
+    """Whole saves in plan.run.save, with the weights of plan.train.load; `changes` are keys of state.json."""
+    saves = SaveFolder(Path(plan.run.save))
+    weights = read_megatron_weights(plan.train.load, read_config(plan.train.hf_path))
+    for iteration in iterations:
+        with saves.new_save(iteration) as folder:
+            write_weights(folder / ACTOR_FOLDER, weights)
+            write_state(folder, contents(plan, iteration, **changes))
+    return saves
+
+
+def write_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    distributed_checkpoint.save({f"model.{name}": tensor for name, tensor in weights.items()}, checkpoint_id=folder, no_dist=True)
