@@ -15,6 +15,8 @@ _CONSOLE_ENDINGS = (
     "actor/lr", "rollout/logprob_gap/max", "train/num_gen_batches", "timing/all", "timing/rollout", "timing/update", "e2e_tps",
 )  # fmt: skip
 """The console line has room for these; metrics.jsonl has everything."""
+_CONSOLE_IF_ANY = ("rewards/timeouts", "rewards/crashes")
+"""Counts of samples that could not be graded: shown when there are any."""
 
 
 class Sink(Protocol):
@@ -40,6 +42,7 @@ class ConsoleSink:
 def console_line(step: int, train_iters: int, values: Mapping[str, float]) -> str:
     shown = [name for ending in _CONSOLE_ENDINGS for name in values if name == ending or name.endswith(f"/{ending}")]
     fields = [f"{name} : {values[name]:{'.4e' if name.endswith('lr') or 'gap' in name else '.4f'}}" for name in shown]
+    fields += [f"{name} : {values[name]:.0f}" for name in _CONSOLE_IF_ANY if values.get(name)]
     return " | ".join([f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration: {step} / {train_iters}", *fields])
 
 

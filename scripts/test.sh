@@ -7,6 +7,12 @@
 #   bash scripts/test.sh parallel [...]      tests/parallel: several processes over gloo
 #   bash scripts/test.sh e2e [...]           tests/e2e: Ray and vLLM, minutes
 #
+# Longer ones, not part of `all`:
+#
+#   bash scripts/test.sh matrix [...]        tests/matrix: the same result over settings that must not change it
+#   bash scripts/test.sh chaos [--kills N --seed S --report FILE]
+#                                            kills runs at random moments; about 45 s per kill, 40 by default
+#
 # Further arguments go to pytest: `bash scripts/test.sh unit -k convert --data ~/data`.
 set -euo pipefail
 
@@ -21,6 +27,8 @@ lint() { "$VENV/bin/ruff" check .; }
 unit() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/unit -q "$@"; }
 parallel() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/parallel -q "$@"; }
 e2e() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/e2e -q "$@"; }
+matrix() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/matrix -q "$@"; }
+chaos() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m tests.chaos "$@"; }
 
 all() {
     local verb failed=()
@@ -41,9 +49,9 @@ main() {
     local verb="${1:-all}"
     [ $# -eq 0 ] || shift
     case "$verb" in
-        all | lint | unit | parallel | e2e) ;;
+        all | lint | unit | parallel | e2e | matrix | chaos) ;;
         *)
-            echo "[test] error: unknown verb '$verb': say lint, unit, parallel or e2e, or all (the default)" >&2
+            echo "[test] error: unknown verb '$verb': say lint, unit, parallel, e2e, matrix or chaos, or all (the default)" >&2
             exit 2
             ;;
     esac

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -11,6 +11,8 @@ from mindspeed_mm_rl.types import Batch, Ragged
 
 _STD_EPSILON = 1e-6
 _VARIANCE_EPSILON = 1e-8
+_ROWS_AT_A_TIME = 1024
+"""Bounds the padded tensors of one pass of GAE: 160 MB each at 20,000 tokens."""
 
 GroupEstimate = Callable[[torch.Tensor], torch.Tensor]
 """rewards [prompts, samples of a prompt] -> advantages of the same shape, float64."""
@@ -89,18 +91,28 @@ def gae(rewards: Ragged, values: Ragged, mask: Ragged, gamma: float, lam: float)
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + V_t. "Next" is the next token inside the
     mask (what a tool wrote is no step of the policy); behind a response's last one both V and A are 0, also when it was cut off.
     """
-    reward_TB, value_TB = _columns(rewards), _columns(values)
-    mask_TB = _columns(mask) > 0
+    rows = list(zip(rewards.rows(), values.rows(), mask.rows(), strict=True))
+    advantages = [
+        row for first in range(0, len(rows), _ROWS_AT_A_TIME) for row in _gae_rows(rows[first : first + _ROWS_AT_A_TIME], gamma, lam)
+    ]
+    column = Ragged.from_rows(advantages, torch.float32)
+    learnt = torch.where(mask.values > 0, column.values.double() + values.values.double(), 0.0)
+    return column, Ragged(learnt.float(), mask.lengths)
+
+
+def _gae_rows(rows: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], gamma: float, lam: float) -> list[torch.Tensor]:
+    """float64 advantages of each (rewards, values, mask)."""
+    # [longest row, rows], 0 behind the end of a row: outside the mask, so that nothing flows from there.
+    reward_TB, value_TB, mask_TB = (pad_sequence(list(column)).double() for column in zip(*rows, strict=True))
+    inside_TB = mask_TB > 0
     advantage_TB = torch.zeros_like(value_TB)
-    next_value_B = value_TB.new_zeros(value_TB.shape[1])
-    next_advantage_B = next_value_B
+    next_value_B = next_advantage_B = value_TB.new_zeros(len(rows))
     for t in reversed(range(len(value_TB))):
         delta_B = reward_TB[t] + gamma * next_value_B - value_TB[t]
-        next_advantage_B = torch.where(mask_TB[t], delta_B + gamma * lam * next_advantage_B, next_advantage_B)
-        next_value_B = torch.where(mask_TB[t], value_TB[t], next_value_B)
-        advantage_TB[t] = next_advantage_B
-    advantage_TB = advantage_TB * mask_TB
-    return _ragged(advantage_TB, mask.lengths), _ragged(torch.where(mask_TB, advantage_TB + value_TB, 0.0), mask.lengths)
+        next_advantage_B = torch.where(inside_TB[t], delta_B + gamma * lam * next_advantage_B, next_advantage_B)
+        next_value_B = torch.where(inside_TB[t], value_TB[t], next_value_B)
+        advantage_TB[t] = torch.where(inside_TB[t], next_advantage_B, 0.0)
+    return [column[: len(row[0])] for column, row in zip(advantage_TB.T, rows, strict=True)]
 
 
 def reward_to_go(rewards: Ragged, mask: Ragged, gamma: float) -> Ragged:
@@ -118,15 +130,8 @@ def whitened(values: Ragged, mask: Ragged) -> Ragged:
     chosen = values.values[inside].double()
     if len(chosen) < 2:
         raise ValueError(f"advantages are normalised over the tokens of a batch, which needs at least 2 of them; there are {len(chosen)}")
+    # Shifted by the first, so that equal values give exactly 0.
+    shifted = chosen - chosen[0]
     answer = torch.zeros(len(inside))
-    answer[inside] = ((chosen - chosen.mean()) / (chosen.var() + _VARIANCE_EPSILON).sqrt()).float()
+    answer[inside] = ((shifted - shifted.mean()) / (shifted.var() + _VARIANCE_EPSILON).sqrt()).float()
     return Ragged(answer, values.lengths)
-
-
-def _columns(ragged: Ragged) -> torch.Tensor:
-    """[longest row, rows] float64, 0 behind the end of a row."""
-    return pad_sequence(list(ragged.rows())).double()
-
-
-def _ragged(columns_TB: torch.Tensor, lengths: tuple[int, ...]) -> Ragged:
-    return Ragged.from_rows([column[:length] for column, length in zip(columns_TB.T, lengths, strict=True)], torch.float32)

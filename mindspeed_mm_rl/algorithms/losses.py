@@ -26,7 +26,7 @@ class PolicyLossSettings:
     token_level_loss: bool = True
     """True: every token of the mini-batch weighs the same (DAPO); False: every sequence does."""
     loss_length: int = 0
-    """Above 0: every sequence's sum is divided by this constant, then averaged over sequences (Dr. GRPO), and token_level_loss is unused."""
+    """Above 0: every sequence's sum is divided by this constant, then averaged over sequences (Dr. GRPO), whatever token_level_loss is."""
     surrogate: SurrogateName = "token_ratio"
     """token_ratio: PPO's; sequence_ratio: GSPO's; clipped_weight: CISPO's."""
     kl_penalty: KLPenalty = "low_var_kl"

@@ -33,7 +33,6 @@ def train(
 
     Exit codes: 2 for what the user has to mend, 1 for a run that could not go on, 130 and 143 after Ctrl-C and SIGTERM.
     """
-    signals.stop_on_signals()
     try:
         # Inside: importing takes seconds, in which somebody may press Ctrl-C.
         from mindspeed_mm_rl.cli.train import train_from
@@ -44,14 +43,20 @@ def train(
             raise
         code = getattr(error, "exit_code", _USER_ERROR)
         message = f"{'' if isinstance(error, signals.StoppedBySignal) else 'error: '}{' '.join(str(error).split())}"
-        # Threads that wait for a stuck disk are waited for at the end of the interpreter.
-        signals.end_soon(message, code)
         print(message, file=sys.stderr)
         raise typer.Exit(code) from error
 
 
 def main() -> None:
-    app()
+    """The process; `app` alone leaves the signals and the life of whoever calls it as they are."""
+    signals.stop_on_signals()
+    try:
+        app()
+    except SystemExit as end:
+        signals.ignore_signals()
+        # Threads that wait for a stuck disk are waited for at the end of the interpreter.
+        signals.end_soon("a thread that waits for something does not end", end.code if isinstance(end.code, int) else _USER_ERROR)
+        raise
 
 
 if __name__ == "__main__":

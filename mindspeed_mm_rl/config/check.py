@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from mindspeed_mm_rl.config.plan import Plan
+from collections.abc import Mapping
+from typing import Any
+
+from mindspeed_mm_rl.config.model_file import text_config
+from mindspeed_mm_rl.config.plan import Plan, RolloutPlan
 from mindspeed_mm_rl.config.schema import Config
 
 _REQUIRED = ("stage", "global_batch_size", "train_iters", "tokenizer_name_or_path", "data_path")
+_LOWEST_TEMPERATURE = 0.01
+"""The rollout engine silently samples with this where less is asked for."""
+_KV_BLOCK_TOKENS = 128
+"""On CPU."""
 
 
 def check(config: Config) -> None:
     """Every rule that the configuration alone decides. Raises ValueError for the first one that is broken."""
-    for rule in (_required, _stage, _lengths, _groups, _batches, _dtype, _learning_rate, _pixels, _rewards, _overlong, _clip, _parallel):
+    for rule in (
+        _required, _stage, _lengths, _sequences, _sampling, _groups, _batches, _dtype, _learning_rate, _pixels, _rewards, _overlong, _clip,
+        _parallel,
+    ):  # fmt: skip
         rule(config)
 
 
 def _required(config: Config) -> None:
     for key in _REQUIRED:
         if getattr(config.actor_config, key) is None:
-            raise ValueError(f"megatron_training.{key} is missing; it has no default")
+            raise ValueError(f"megatron_training.{key} is missing and has no default; add it to the YAML")
 
 
 def _stage(config: Config) -> None:
@@ -25,7 +36,9 @@ def _stage(config: Config) -> None:
     if stage not in ("ray_grpo", "ray_dapo"):
         raise ValueError(f"megatron_training.stage: {stage} isn't offered in this version; choose ray_grpo or ray_dapo")
     if config.rl_config.adv_estimator != "group_norm":
-        raise ValueError(f"rl_config.adv_estimator: {config.rl_config.adv_estimator} needs stage ray_ppo; {stage} uses group_norm")
+        raise ValueError(
+            f"rl_config.adv_estimator: {config.rl_config.adv_estimator} needs stage ray_ppo, but stage is {stage}; set it to group_norm"
+        )
 
 
 def _lengths(config: Config) -> None:
@@ -38,11 +51,31 @@ def _lengths(config: Config) -> None:
         )
 
 
+def _sequences(config: Config) -> None:
+    generate, prompt = config.generate_config, config.rl_config.max_prompt_length
+    model_len = generate.max_model_len or prompt + generate.sampling_config.max_tokens
+    tokens = max(generate.max_num_batched_tokens, model_len)
+    if generate.max_num_seqs > tokens:
+        raise ValueError(
+            f"generate_config.max_num_seqs ({generate.max_num_seqs}) must be <= generate_config.max_num_batched_tokens ({tokens}), as every "
+            "sequence takes a token of each step; lower the first or raise the second"
+        )
+
+
+def _sampling(config: Config) -> None:
+    temperature = config.generate_config.sampling_config.temperature
+    if temperature < _LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"generate_config.sampling_config.temperature ({temperature}) must be >= {_LOWEST_TEMPERATURE}, the lowest that the rollout "
+            "engine samples with; raise it"
+        )
+
+
 def _groups(config: Config) -> None:
     if config.rl_config.n_samples_per_prompt < 2:
         raise ValueError(
             f"rl_config.n_samples_per_prompt ({config.rl_config.n_samples_per_prompt}) must be >= 2: "
-            "adv_estimator group_norm compares the samples of a prompt"
+            "adv_estimator group_norm compares the samples of a prompt; raise it"
         )
 
 
@@ -51,7 +84,7 @@ def _batches(config: Config) -> None:
     if config.rl_config.filter_groups_enable and config.rl_config.filter_groups_train_batch_size:
         key = "rl_config.filter_groups_train_batch_size"
     if mini is not None and mini > prompts:
-        raise ValueError(f"rl_config.mini_batch_size ({mini} prompts) must be <= {key} ({prompts} prompts)")
+        raise ValueError(f"rl_config.mini_batch_size ({mini} prompts) must be <= {key} ({prompts} prompts); lower it")
 
     drawn, limit = config.actor_config.global_batch_size or 0, config.rl_config.filter_groups_max_batches
     if config.rl_config.filter_groups_enable and 0 < limit * drawn < prompts:
@@ -79,13 +112,13 @@ def _dtype(config: Config) -> None:
 def _learning_rate(config: Config) -> None:
     actor = config.actor_config
     if actor.min_lr > actor.lr:
-        raise ValueError(f"actor_config.min_lr ({actor.min_lr}) must be <= actor_config.lr ({actor.lr})")
+        raise ValueError(f"actor_config.min_lr ({actor.min_lr}) must be <= actor_config.lr ({actor.lr}); lower it")
 
 
 def _pixels(config: Config) -> None:
     low, high = config.actor_config.min_pixels, config.actor_config.max_pixels
     if low > high:
-        raise ValueError(f"megatron_training.min_pixels ({low}) must be <= megatron_training.max_pixels ({high})")
+        raise ValueError(f"megatron_training.min_pixels ({low}) must be <= megatron_training.max_pixels ({high}); lower it")
 
 
 def _rewards(config: Config) -> None:
@@ -98,6 +131,10 @@ def _rewards(config: Config) -> None:
             f"rl_config.verifier_weight has {len(weights)} value(s) {list(weights)} for {count} verifier(s) "
             f"{list(names or ('the default one',))}; give one weight each"
         )
+    if weights is not None and not any(weights):
+        raise ValueError(f"rl_config.verifier_weight is {list(weights)}: every reward would be 0; give a weight other than 0")
+    if twice := [name for name in names or () if (names or ()).count(name) > 1]:
+        raise ValueError(f"rl_config.verifier_function names {twice[0]} twice ({list(names or ())}); name it once and raise its weight")
 
 
 def _overlong(config: Config) -> None:
@@ -107,19 +144,21 @@ def _overlong(config: Config) -> None:
     if rl.rollout_max_tokens != response:
         raise ValueError(
             f"rl_config.rollout_max_tokens ({rl.rollout_max_tokens}) must equal generate_config.sampling_config.max_tokens ({response}) "
-            "when overlong_buffer_enable is true"
+            "when overlong_buffer_enable is true; set one to the other"
         )
     if not 0 < rl.overlong_buffer < response:
         raise ValueError(
-            f"rl_config.overlong_buffer ({rl.overlong_buffer}) must be > 0 and < sampling_config.max_tokens ({response}) "
-            "when overlong_buffer_enable is true"
+            f"rl_config.overlong_buffer ({rl.overlong_buffer}) must be > 0 and < generate_config.sampling_config.max_tokens ({response}) "
+            "when overlong_buffer_enable is true; change it or set overlong_buffer_enable to false"
         )
 
 
 def _clip(config: Config) -> None:
     rl = config.rl_config
     if rl.clip_higher_enable and rl.clip_ratio_low > rl.clip_ratio_high:
-        raise ValueError(f"rl_config.clip_ratio_low ({rl.clip_ratio_low}) must be <= rl_config.clip_ratio_high ({rl.clip_ratio_high})")
+        raise ValueError(
+            f"rl_config.clip_ratio_low ({rl.clip_ratio_low}) must be <= rl_config.clip_ratio_high ({rl.clip_ratio_high}); change one of them"
+        )
 
 
 def _parallel(config: Config) -> None:
@@ -128,15 +167,41 @@ def _parallel(config: Config) -> None:
     if devices % ranks:
         raise ValueError(
             f"rl_config.actor_resource.num_npus ({devices}) must be a multiple of tensor x pipeline x context parallel sizes "
-            f"({actor.tensor_model_parallel_size} x {actor.pipeline_model_parallel_size} x {actor.context_parallel_size} = {ranks})"
+            f"({actor.tensor_model_parallel_size} x {actor.pipeline_model_parallel_size} x {actor.context_parallel_size} = {ranks}); "
+            "change num_npus or one of the sizes"
         )
     if devices % config.generate_config.infer_tensor_parallel_size:
         raise ValueError(
             f"rl_config.actor_resource.num_npus ({devices}) must be a multiple of generate_config.infer_tensor_parallel_size "
-            f"({config.generate_config.infer_tensor_parallel_size})"
+            f"({config.generate_config.infer_tensor_parallel_size}); change one of them"
         )
     if actor.sequence_parallel and actor.tensor_model_parallel_size == 1:
-        raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1; set it to false")
+        raise ValueError(
+            "actor_config.sequence_parallel (true) needs actor_config.tensor_model_parallel_size > 1, which is 1; set sequence_parallel to "
+            "false"
+        )
+
+
+def check_model(plan: RolloutPlan, hf: Mapping[str, Any], on_cpu: bool) -> None:
+    """What the rollout engine needs for the model of a config.json. Raises ValueError with both values."""
+    text = text_config(hf)
+    positions = text.get("max_position_embeddings")
+    is_scaled = any((text.get(key) or {}).get("factor") for key in ("rope_scaling", "rope_parameters"))
+    if positions and plan.max_model_len > positions and not is_scaled:
+        raise ValueError(
+            f"generate_config.max_model_len (or rl_config.max_prompt_length + generate_config.sampling_config.max_tokens: "
+            f"{plan.max_model_len}) must be <= max_position_embeddings ({positions}) of {plan.hf_path}/config.json; lower it"
+        )
+    if not on_cpu or not {"num_hidden_layers", "head_dim"} <= text.keys():
+        return
+    heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+    per_token = 2 * text["num_hidden_layers"] * heads * text["head_dim"] * {"float32": 4, "bfloat16": 2}[plan.dtype]
+    needed = -(-plan.max_model_len // _KV_BLOCK_TOKENS) * _KV_BLOCK_TOKENS * per_token
+    if plan.kv_cache_bytes < needed:
+        raise ValueError(
+            f"generate_config.kv_cache_bytes ({plan.kv_cache_bytes}) must be >= {needed}, the keys and values of one sequence of "
+            f"{plan.max_model_len} tokens (max_model_len); raise it"
+        )
 
 
 def check_offered(plan: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mindspeed_mm_rl.config.check import check, train_prompts
+from mindspeed_mm_rl.config.check import check, check_model, train_prompts
 from mindspeed_mm_rl.config.load import read_runtime_env
 from mindspeed_mm_rl.config.model_file import ModelChoices, compare_architecture, is_vision_model, model_choices, read_hf_config
 from mindspeed_mm_rl.config.plan import (
@@ -41,10 +41,13 @@ def make_plan(config: Config) -> Plan:
         compare_architecture(config.model, config.architecture, hf, hf_path)
     choices, vision = model_choices(config.model), is_vision_model(hf, config.model)
     env = config.rl_config.runtime_env_path
+    rollout = _rollout(config, hf_path, vision and choices.freeze_vision and choices.freeze_projector)
+    if hf is not None:
+        check_model(rollout, hf, on_cpu=device.kind() == "cpu")
     return Plan(
         run=_run(config),
         train=_train(config, hf_path, choices),
-        rollout=_rollout(config, hf_path, vision and choices.freeze_vision and choices.freeze_projector),
+        rollout=rollout,
         data=_data(config, hf_path),
         reward=_reward(config, vision),
         recipe=_recipe(config),

@@ -145,7 +145,7 @@ def _sort_section(name: str, content: Any, model: type[BaseModel] | None, notes:
         else:
             inner = [section.removeprefix(f"{name}.") for section in known_keys.DERIVED if section.startswith(f"{name}.")]
             known = [*(model.model_fields if model else ()), *derived, *refused, *spellings, *inner]
-            raise ValueError(f"unknown key {name}.{key}" + _nearest(key, known))
+            raise ValueError(f"unknown key {name}.{key}" + (_in_another_section(key) or _nearest(key, known)))
     return acting
 
 
@@ -157,6 +157,19 @@ def _section_class(model: type[BaseModel], field: str) -> type[BaseModel] | None
 def _refuse(key: str, value: Any, rule: known_keys.NotOffered) -> None:
     if value is not None and not any(value == neutral for neutral in rule.neutral):
         raise ValueError(f"{key}: {value} isn't offered in this version; {rule.instead}")
+
+
+def _in_another_section(key: str) -> str:
+    """Empty when no section has a key of exactly this name."""
+    for section, model in _SECTIONS.items():
+        inner = {field: nested for field in model.model_fields if (nested := _section_class(model, field)) is not None}
+        for path, fields in (
+            (section, model.model_fields),
+            *((f"{section}.{field}", nested.model_fields) for field, nested in inner.items()),
+        ):
+            if key in fields:
+                return f"; did you mean {path}.{key}?"
+    return ""
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

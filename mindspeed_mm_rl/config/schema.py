@@ -46,7 +46,7 @@ class MegatronConfig(Section):
     """true: rows in file order."""
     num_workers: int = Field(2, ge=0)
     """Threads that decode pictures ahead of their use; 0 = when needed."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**32)
     """Of the data order, of random states, and of sampling unless sampling_config.seed is given."""
     bf16: bool = True
     """false: training in float32."""
@@ -186,8 +186,8 @@ class RLConfig(Section):
     """One weight per verifier; null = 1.0 each."""
     verifier_parallel: int | None = Field(None, gt=0)
     """Processes that grade; null = half of the cores, at most 8."""
-    verifier_timeout: float = Field(30.0, gt=0)
-    """Seconds for one sample; over it the sample counts as wrong."""
+    verifier_timeout: float = Field(10.0, gt=0)
+    """Seconds for one sample, which takes milliseconds; over it the sample gets the lowest score. Less when samples hang in a row."""
     use_tensorboard: bool = True
     """Scalars under <output>/tensorboard."""
     log_max_throughput: bool = False
@@ -215,7 +215,7 @@ class SamplingConfig(Section):
     """Longest response, end token included."""
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by it when sampling and in the loss."""
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=2**32)
     """Of sampling; null = megatron_training.seed."""
 
 

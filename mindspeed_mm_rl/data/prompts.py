@@ -66,7 +66,7 @@ class PromptBuilder:
 
     def _prepared(self, token_ids: Sequence[int]) -> list[int]:
         if self.renderer.image_token_id in token_ids:
-            raise ValueError(f"the prepared prompt has image tokens ({self.renderer.image_token_id}), but prepared columns hold no pictures")
+            raise ValueError(f"the prepared prompt has image tokens ({self.renderer.image_token_id}), but columns hold no pictures")
         if (highest := max(token_ids, default=0)) >= (known := len(self.renderer.tokenizer)):
             raise ValueError(
                 f"the prepared prompt has token id {highest}, but the tokenizer of {self.renderer.folder} ends at {known - 1}:"

@@ -1,4 +1,4 @@
-"""A row as every kind of file gives it: prompt, pictures, answer. Rows of verl (`prompt, reward_model, extra_info`), TRL (`prompt, answer`)."""
+"""A row as every kind of file gives it: rows of verl (`prompt, images, reward_model, extra_info`) and of TRL (`prompt, answer`)."""
 
 from __future__ import annotations
 

@@ -118,8 +118,9 @@ def _yarn_frequencies(periods: torch.Tensor, theta: float, scaling: YarnScaling)
     low, high = max(low, 0), min(high, dim - 1)
     # A ramp of no width is a step.
     width = high - low or 0.001
-    interpolated = ((torch.arange(len(periods), dtype=torch.float32, device=periods.device) - low) / width).clamp(0, 1)
-    return 1.0 / (scaling.factor * periods) * interpolated + 1.0 / periods * (1 - interpolated)
+    kept = 1 - ((torch.arange(len(periods), dtype=torch.float32, device=periods.device) - low) / width).clamp(0, 1)
+    # In this order transformers and vLLM round alike; one bit of a frequency is 2e-4 of an angle at position 4000.
+    return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
 def _cos_sin(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

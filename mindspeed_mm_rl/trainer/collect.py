@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,14 @@ from mindspeed_mm_rl.metrics import Stopwatch
 from mindspeed_mm_rl.rewards.pool import RewardPool
 from mindspeed_mm_rl.rewards.scoring import GroupScores
 from mindspeed_mm_rl.types import Group, Prompt, RolloutGroup, RolloutRequest
+from mindspeed_mm_rl.workers.calls import numbered
+from mindspeed_mm_rl.workers.failure import WorkerFailed
 from mindspeed_mm_rl.workers.group import ActorGroup
 from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 
 _FRUITLESS_BATCHES = 10
 """Generation batches without a single group to train on after which a run ends: its model cannot learn from this metric."""
+_LOOK_SECONDS = 1.0
 
 Graded = tuple[Prompt, RolloutGroup, Future[GroupScores]]
 
@@ -107,6 +110,7 @@ class Collector:
         images = self._shared_images(prompts, clock)
         with clock.measure("rollout"):
             first_finished, graded = self._sampled(prompts, images)
+        self._wait_for_scores(graded)
         scored = [(prompt, rollouts, future.result()) for prompt, rollouts, future in sorted(graded, key=lambda g: g[0].prompt_id)]
         clock.add("rule_reward", first_finished, time.perf_counter())
         collected.num_reward_timeouts += sum(scores.timeouts for _, _, scores in scored)
@@ -140,3 +144,19 @@ class Collector:
             graded.append((prompt, rollouts, self.rewards.submit(prompt.prompt_id, texts, lengths, prompt.answer, prompt.data_source)))
         bar.close()
         return first_finished, graded
+
+    def _wait_for_scores(self, graded: list[Graded]) -> None:
+        """Raises WorkerFailed, naming prompts, when no group is graded within the bound; and when a trainer rank dies meanwhile."""
+        waiting = {future: prompt.prompt_id for prompt, _, future in graded}
+        last = time.monotonic()
+        while waiting:
+            done, _ = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                del waiting[future]
+                last = time.monotonic()
+            self.actor.check_alive("rewards")
+            if waiting and time.monotonic() - last > self.plan.run.timeout_seconds:
+                raise WorkerFailed(
+                    f"rewards wait in vain: no group was graded within {self.plan.run.timeout_seconds:g} s (rl_config.timeout_seconds); "
+                    f"{numbered('prompts', sorted(waiting.values()))} are unfinished"
+                )

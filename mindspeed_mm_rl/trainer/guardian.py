@@ -74,8 +74,8 @@ def main(order: str) -> None:
         print(f"error: processes {left} of the run can't be ended", file=sys.stderr, flush=True)
     if not is_over:
         print(
-            f"error: the driver (pid {settings['driver']} on {os.uname().nodename}) was killed, by signal 9 (SIGKILL) or for want of memory; "
-            f"every process of the run was ended. {go_on(settings['save'])}",
+            f"error: the driver (pid {settings['driver']} on {os.uname().nodename}) was killed, by signal 9 (SIGKILL) or for want of "
+            f"memory; every process of the run was ended. {go_on(settings['save'])}",
             file=sys.stderr,
             flush=True,
         )

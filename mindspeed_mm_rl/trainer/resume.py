@@ -94,6 +94,8 @@ def _chosen(plan: Plan) -> tuple[Path | None, list[str]]:
             )
         return None, []
     if run.resume != "auto":
+        if not Path(run.resume).is_dir():
+            raise ValueError(f"rl_config.resume: {run.resume} is not a folder; give auto, off, or the folder of a training save")
         return _whole("rl_config.resume", run.resume), []
     newest, passed_over = SaveFolder(Path(run.save)).newest_whole() if run.save else (None, [])
     if newest is not None:

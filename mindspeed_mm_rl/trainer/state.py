@@ -59,15 +59,13 @@ class RunState:
 
     @contextmanager
     def _told(self, saves: SaveFolder) -> Iterator[None]:
-        """Says of a save that failed: why, where, how much space there was, and what a next run goes on from."""
+        """Says of a save that failed: why, where, and how much space there was."""
         free = free_bytes(saves.root)
         try:
             yield
         except (OSError, RuntimeError) as error:
-            earlier, _ = saves.newest_whole()
-            rest = f"{earlier} is whole and still the save to go on from" if earlier else "there is no earlier save"
             cause = _cause(error, saves.root, save_bytes(self.plan), free)
-            raise RuntimeError(f"iteration {self.iteration} could not be saved: {cause}; {rest}") from error
+            raise RuntimeError(f"iteration {self.iteration} could not be saved: {cause}") from error
 
     def resume(self, actor: ActorGroup, loader: PromptLoader, kl: KLController) -> None:
         """Continues from the save of `start`; without one there is nothing to do."""

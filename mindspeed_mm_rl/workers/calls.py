@@ -13,7 +13,7 @@ from typing import Any
 
 from mindspeed_mm_rl.platforms import processes
 from mindspeed_mm_rl.workers import failure
-from mindspeed_mm_rl.workers.failure import Member, WorkerDied, WorkerFailed
+from mindspeed_mm_rl.workers.failure import Member, WorkerFailed
 
 _GRACE_SECONDS = 3.0
 """After one worker has failed, for the others to say what they know. Waiting longer only delays the message."""
@@ -129,5 +129,3 @@ class Pulse:
                     ray.get(ref)
                 except ray.exceptions.RayError as error:
                     raise failed(member, doing, error) from error
-
-

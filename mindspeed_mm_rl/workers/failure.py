@@ -112,7 +112,8 @@ def _cause_of_death(member: Member, text: str) -> str:
         return f"out of memory: the kernel killed it by signal 9 (SIGKILL){_advice(member)}"
     if "node" in text and re.search(r"node (died|is dead|failure)|raylet.*(died|terminated)", text, re.IGNORECASE):
         return "its machine, or Ray's daemon on it, is gone"
-    return "killed by signal 9 (SIGKILL), by somebody or for want of memory"
+    unknown = now is None or member.memory_kills is None
+    return "killed by signal 9 (SIGKILL)" + (", by somebody or for want of memory" if unknown else "")
 
 
 def _advice(member: Member) -> str:

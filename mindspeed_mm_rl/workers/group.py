@@ -39,15 +39,16 @@ class ActorGroup:
             )
             for rank in range(slots.count)
         ]  # fmt: skip
+        self._greetings = [worker.alive.remote() for worker in self.workers]
+        self._started = [worker.start.remote() for worker in self.workers]
         self.members: list[Member] = []
         self._pulse = Pulse([])
 
     def ready(self) -> int:
         """Trainable parameters of a rank."""
-        started = [worker.start.remote() for worker in self.workers]
-        self.members = placement.introduced(_ROLE, self.workers, self.slots, self.timeout)
+        self.members = placement.introduced(_ROLE, self.workers, self._greetings, self.slots, self.timeout)
         self._pulse = Pulse(self.members)
-        calls = [Call(member, ref) for member, ref in zip(self.members, started, strict=True)]
+        calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
         return answers(calls, self.timeout, "start of the trainer")[0]
 
     def encode(self, images: dict[str, ImageInput]) -> list[Any]:

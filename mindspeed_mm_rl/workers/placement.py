@@ -96,14 +96,11 @@ def _marker() -> dict[str, str]:
     return {processes.RUN_MARKER: marker} if marker else {}
 
 
-def introduced(role: str, actors: Sequence[Any], slots: Slots, timeout_seconds: float) -> list[Member]:
-    """Waits for the processes, not for their engines. The number of a member is its place in the list."""
-    unknown = [Member(role, number, actor) for number, actor in enumerate(actors)]
-    calls = [Call(member, member.actor.alive.remote()) for member in unknown]
-    return [
-        _introduced(member, pid, node, slots)
-        for member, (pid, node) in zip(unknown, answers(calls, timeout_seconds, "start of the process"), strict=True)
-    ]
+def introduced(role: str, actors: Sequence[Any], greetings: Sequence[Any], slots: Slots, timeout_seconds: float) -> list[Member]:
+    """greetings: what `alive` of the actors returned, asked before anything long. The number of a member is its place in the list."""
+    calls = [Call(Member(role, number, actor), ref) for number, (actor, ref) in enumerate(zip(actors, greetings, strict=True))]
+    known = answers(calls, timeout_seconds, "start of the process")
+    return [_introduced(call.member, pid, node, slots) for call, (pid, node) in zip(calls, known, strict=True)]
 
 
 def _introduced(member: Member, pid: int, node: str, slots: Slots) -> Member:

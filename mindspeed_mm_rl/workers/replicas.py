@@ -1,7 +1,7 @@
 """The rollout processes as one object that the driver talks to. A replica that dies is replaced, and what it had in hand is done again.
 
-    dead stream -> new process on the same bundle -> weights of the last push (the trainer's buffer still holds them)
-                -> its unfinished prompts again: the noise of a sample depends on its id alone, so the tokens are the same
+dead stream -> new process on the same bundle -> weights of the last push (the trainer's buffer still holds them)
+            -> its unfinished prompts again: the noise of a sample depends on its id alone, so the tokens are the same
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import Plan
@@ -46,6 +46,8 @@ class RolloutGroupStream:
         self.slots, self.plan, self.timeout = slots, plan, plan.run.timeout_seconds
         self.num_samples = plan.run.samples_per_prompt
         self.workers = [self._spawn(slot) for slot in range(0, slots.count, plan.rollout.tensor_parallel_size)]
+        self._greetings = [worker.alive.remote() for worker in self.workers]
+        self._started = [worker.start.remote() for worker in self.workers]
         self.members: list[Member] = []
         self.while_waiting: Callable[[str], None] = lambda doing: None
         """Called about once a second while groups are awaited, with what is going on: a look at those who are idle meanwhile."""
@@ -53,9 +55,8 @@ class RolloutGroupStream:
         self._replaced = self._replaced_before = 0
 
     def ready(self) -> None:
-        started = [worker.start.remote() for worker in self.workers]
-        self.members = placement.introduced(_ROLE, self.workers, self.slots, self.timeout)
-        calls = [Call(member, ref) for member, ref in zip(self.members, started, strict=True)]
+        self.members = placement.introduced(_ROLE, self.workers, self._greetings, self.slots, self.timeout)
+        calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
         answers(calls, self.timeout, "start of the rollout engine")
 
     def generate(self, requests: list[RolloutRequest], images: list[Any]) -> Iterator[RolloutGroup]:
@@ -144,9 +145,8 @@ class RolloutGroupStream:
             raise WorkerFailed(f"{death}; {_MAX_REPLACEMENTS} replicas of this run were replaced before, so it is no accident") from death
         self._replaced += 1
         worker = self._spawn(replica * self.plan.rollout.tensor_parallel_size)
-        started = worker.start.remote()
-        found = placement.introduced(_ROLE, [worker], self.slots, self.timeout)[0]
-        member = Member(_ROLE, replica, worker, found.pid, found.node, found.log_folder, found.memory_kills)
+        greeting, started = worker.alive.remote(), worker.start.remote()
+        member = replace(placement.introduced(_ROLE, [worker], [greeting], self.slots, self.timeout)[0], number=replica)
         answers([Call(member, started)], self.timeout, "start of the rollout engine")
         if self._pushed is not None:
             answers([Call(member, worker.receive_weights.remote(*self._pushed))], self.timeout, "weight push")

@@ -40,8 +40,8 @@ def run_kill(scene: Path, reference: Reference, kill: Kill, folder: Path, seed: 
     for attempt in range(_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
         # Sooner and earlier every time, so that more occasions are left.
-        easier = replace(kill, patience=kill.patience / 4**attempt, iteration=max(1, kill.iteration - attempt))
-        verdict = judge(scene, reference, easier, folder, seed)
+        easier = replace(kill, iteration=max(1, kill.iteration - attempt))
+        verdict = judge(scene, reference, easier, folder, 4.0**attempt, seed)
         if verdict.hit is not None:
             break
     return verdict

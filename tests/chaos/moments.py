@@ -23,6 +23,7 @@ _REWARD_WORKER = "mindspeed_mm_rl.rewards.worker"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _POLL_SECONDS, _FOLLOW_SECONDS = 0.0005, 0.002
 _START_SECONDS = 240.0
+_STEP_SECONDS = (10e-6, 150e-6)
 
 
 def role_of(process: Process, driver: int) -> str | None:
@@ -85,6 +86,8 @@ class Phase:
     name: str
     holds: Callable[[Watch], bool]
     first_iteration: int = 1
+    before: Callable[[Watch], bool] | None = None
+    """What holds just before a phase that is too short to be met by looking now and then; the driver is then led into it step by step."""
 
 
 PHASES = (
@@ -96,7 +99,11 @@ PHASES = (
     Phase("push", lambda watch: watch.does(ACTOR, "publish_weights") or watch.does(ROLLOUT, "receive_weights")),
     Phase("save: weights are written", lambda watch: watch.writes_partial(with_state=False)),
     Phase("save: before the rename", lambda watch: watch.writes_partial(with_state=True)),
-    Phase("save: before the tracker", lambda watch: watch.saves()[-1:] > [watch.tracked()]),
+    Phase(
+        "save: before the tracker",
+        lambda watch: watch.saves()[-1:] > [watch.tracked()],
+        before=lambda watch: watch.writes_partial(with_state=True),
+    ),
     Phase("save: old one is removed", lambda watch: watch.removes_old(), first_iteration=2),
 )
 _NAMES = tuple(phase.name for phase in PHASES)
@@ -104,14 +111,12 @@ _NAMES = tuple(phase.name for phase in PHASES)
 
 @dataclass(frozen=True)
 class Kill:
-    """Example: Kill(setting="grpo", victim="actor", phase=PHASES[3], iteration=2, patience=0.4)."""
+    """Example: Kill(setting="grpo", victim="actor", phase=PHASES[3], iteration=2)."""
 
     setting: str
     victim: str
     phase: Phase
     iteration: int
-    patience: float
-    """Share of the phase's usual length that is waited in it, 0 to 1."""
 
 
 def plan_kills(count: int, seed: int, settings: tuple[str, ...], last_iteration: int) -> list[Kill]:
@@ -123,7 +128,7 @@ def plan_kills(count: int, seed: int, settings: tuple[str, ...], last_iteration:
         rng.shuffle(pairs)
         for victim, phase in pairs:
             setting = settings[len(kills) % len(settings)]
-            kills.append(Kill(setting, victim, phase, rng.randint(phase.first_iteration, last_iteration), rng.random()))
+            kills.append(Kill(setting, victim, phase, rng.randint(phase.first_iteration, last_iteration)))
     return kills[:count]
 
 
@@ -135,23 +140,42 @@ class Hit:
     iteration: int
 
 
-def strike(run: TrainRun, kill: Kill, usual_seconds: float, rng: random.Random) -> Hit | None:
-    """Waits for the moment and kills; None when the last iteration was over before."""
+def strike(run: TrainRun, kill: Kill, longest_wait: float, rng: random.Random) -> Hit | None:
+    """Waits for the phase, then up to `longest_wait` seconds in it, and kills; None when the last iteration was over before."""
     watch = Watch(run)
     wait_whole(watch)
-    wait = kill.patience * usual_seconds
     while not run.is_over and run.iterations_done() < TRAIN_ITERS:
-        if run.iterations_done() + 1 < kill.iteration or not kill.phase.holds(watch):
-            time.sleep(_POLL_SECONDS)
-            continue
-        time.sleep(wait)
-        if kill.phase.holds(watch):
-            freeze(watch.everyone)
-            if kill.phase.holds(watch):
-                return _kill(run, watch, rng.choice(watch.pids[kill.victim]))
-            thaw(watch.everyone)
-        wait /= 2
+        if run.iterations_done() + 1 >= kill.iteration and _enters(watch, kill.phase, longest_wait, rng):
+            return _kill(run, watch, rng.choice(watch.pids[kill.victim]))
+        time.sleep(_POLL_SECONDS)
     return None
+
+
+def _enters(watch: Watch, phase: Phase, longest_wait: float, rng: random.Random) -> bool:
+    """True: the run is in the phase, and all its processes are stopped. False: it goes on."""
+    looks_like_it = (phase.before or phase.holds)(watch)
+    if looks_like_it and phase.before is None:
+        time.sleep(longest_wait * rng.random())
+        looks_like_it = phase.holds(watch)
+    if not looks_like_it:
+        return False
+    freeze(watch.everyone)
+    if phase.before is not None:
+        _lead_on(watch, phase.before, rng)
+    if phase.holds(watch):
+        return True
+    thaw(watch.everyone)
+    return False
+
+
+def _lead_on(watch: Watch, before: Callable[[Watch], bool], rng: random.Random) -> None:
+    """Lets the driver alone go on, microseconds at a time, as long as `before` holds."""
+    while before(watch) and not watch.run.is_over:
+        thaw(watch.pids[DRIVER])
+        end = time.perf_counter() + rng.uniform(*_STEP_SECONDS)
+        while time.perf_counter() < end:
+            pass
+        freeze(watch.pids[DRIVER])
 
 
 def _kill(run: TrainRun, watch: Watch, pid: int) -> Hit:

@@ -9,14 +9,16 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from tests.chaos.processes import MARKER, Footprint, send, shared_memory_names
+from tests.chaos.processes import MARKER, Footprint, read_process, send, shared_memory_names
 
 REPOSITORY = Path(__file__).parents[2]
 ERROR = "error: "
+_STOP_SECONDS = 0.05
 
 
 @dataclass
@@ -31,9 +33,18 @@ class Console:
             copy.write(line)
             copy.flush()
 
-    def error(self) -> tuple[float, str] | None:
-        """The message that ended the run, and when it came."""
-        return next(((when, line) for when, line in self.lines if line.startswith(ERROR)), None)
+    def tail(self) -> str:
+        return "\n".join(line for _, line in self.lines[-10:])
+
+    def errors(self) -> list[tuple[float, str]]:
+        """The messages that ended the run, and when they came."""
+        return [(when, line) for when, line in self.lines if line.startswith(ERROR)]
+
+    def wait_for_error(self, until: float) -> None:
+        while not self.errors() and time.monotonic() < until:
+            time.sleep(0.1)
+        # A second message would be one too many.
+        time.sleep(1.0)
 
 
 class TrainRun:
@@ -89,11 +100,15 @@ class TrainRun:
             return None
 
 
-def freeze(pids: list[int]) -> None:
+def freeze(pids: Sequence[int]) -> None:
+    """Returns when they have stopped; one that waits for a disk stops afterwards."""
     for pid in pids:
         send(pid, signal.SIGSTOP)
+    end = time.monotonic() + _STOP_SECONDS
+    while time.monotonic() < end and any((process := read_process(pid)) and process.state not in "TZ" for pid in pids):
+        pass
 
 
-def thaw(pids: list[int]) -> None:
+def thaw(pids: Sequence[int]) -> None:
     for pid in pids:
         send(pid, signal.SIGCONT)

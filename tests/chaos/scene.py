@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from tests.tiny import make_tiny_vl
-
 TRAIN_ITERS = 4
 _ROWS = 24
 
 
 def make_scene(folder: Path) -> Path:
     """Model and rows, shared by every run; returns the folder."""
+    from tests.tiny import make_tiny_vl
+
     make_tiny_vl(folder / "model")
     (folder / "data").mkdir(parents=True)
     rng = np.random.default_rng(5)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mindspeed_mm_rl.config.schema import RLConfig
 from mindspeed_mm_rl.models.weight_files import ITERATION_FILE, read_weights, recognise
 from mindspeed_mm_rl.sinks import read_records
 from tests.chaos.moments import ACTOR, DRIVER, REWARD, ROLLOUT, Hit, Kill, strike, usual_lengths
@@ -22,8 +21,8 @@ from tests.chaos.run import TrainRun
 from tests.chaos.scene import TRAIN_ITERS, write_config
 
 MESSAGE_SECONDS = CLEAN_SECONDS = 60.0
-_RUN_SECONDS = 300.0
-_NAMES_OF = {ACTOR: ("trainer", "actor"), ROLLOUT: ("rollout",), REWARD: ("reward",)}
+RUN_SECONDS = 300.0
+_NAME_OF = {DRIVER: "driver", ACTOR: "trainer rank", ROLLOUT: "rollout replica", REWARD: "reward worker"}
 """What a message must say for the worker to be named."""
 _MACHINE_DEPENDENT = ("timing/", "tps", "memory")
 
@@ -54,7 +53,7 @@ class Verdict:
 def make_reference(scene: Path, setting: str, folder: Path) -> Reference:
     with TrainRun(write_config(scene, setting, folder, keep_last=0)) as run:
         seconds = usual_lengths(run)
-        if run.wait(_RUN_SECONDS) != 0:
+        if run.wait(RUN_SECONDS) != 0:
             raise RuntimeError(f"the undisturbed run failed; see {folder / 'console.txt'}")
         _, left = wait_until_clean(run.footprint, CLEAN_SECONDS)
     if left:
@@ -62,48 +61,58 @@ def make_reference(scene: Path, setting: str, folder: Path) -> Reference:
     return Reference(folder, seconds)
 
 
-def judge(scene: Path, reference: Reference, kill: Kill, folder: Path, seed: int) -> Verdict:
-    """One kill and all that follows. keep_last 1: nothing but the last save stands between the run and its beginning."""
+def judge(scene: Path, reference: Reference, kill: Kill, folder: Path, haste: float, seed: int) -> Verdict:
+    """One kill and all that follows; `haste` divides how long is waited in the phase.
+
+    keep_last 1: nothing but the last save stands between the run and its beginning.
+    """
     verdict = Verdict(kill)
     config = write_config(scene, kill.setting, folder, keep_last=1)
     with TrainRun(config) as run:
-        verdict.hit = strike(run, kill, reference.usual_seconds[kill.phase.name], random.Random(seed))
+        verdict.hit = strike(run, kill, reference.usual_seconds[kill.phase.name] / haste, random.Random(seed))
         if verdict.hit is None:
             verdict.faults.append("the moment did not come")
             return verdict
-        _check_end(verdict, run)
-        _check_left(verdict, run)
-    _check_save(verdict, folder, reference)
+        check_end(verdict, run)
+        check_left(verdict, run)
+    check_save(verdict, folder, reference)
     if verdict.exit_code != 0:
         _resume(verdict, config)
-    _check_result(verdict, folder, reference)
+    check_result(verdict, folder, reference)
     return verdict
 
 
-def _check_end(verdict: Verdict, run: TrainRun) -> None:
-    kill, hit = verdict.kill, verdict.hit
-    verdict.exit_code = run.wait(_RUN_SECONDS)
-    run.reader.join(timeout=5)
+def check_end(verdict: Verdict, run: TrainRun) -> None:
+    """The run ends, in time and with one message that names the worker; or it goes on as if nothing had been."""
+    kill = verdict.kill
+    verdict.exit_code = run.wait(RUN_SECONDS)
     if verdict.exit_code is None:
-        verdict.faults.append(f"still running {_RUN_SECONDS:.0f} s after the kill")
+        verdict.faults.append(f"still running {RUN_SECONDS:.0f} s after the kill")
         return
-    if kill.victim == DRIVER or (verdict.exit_code == 0 and kill.victim in (ROLLOUT, REWARD)):
+    if verdict.exit_code == 0 and kill.victim in (ROLLOUT, REWARD):
         return
     if verdict.exit_code == 0:
-        verdict.faults.append("exit code 0 although a trainer process died")
-    error = run.console.error()
-    if error is None:
-        verdict.faults.append("no message")
-        return
-    when, verdict.message = error
-    verdict.message_seconds = when - hit.when
+        verdict.faults.append(f"exit code 0 although the {kill.victim} died")
+    # Of a driver that is killed others have to tell.
+    run.console.wait_for_error(verdict.hit.when + MESSAGE_SECONDS)
+    errors = run.console.errors()
+    if len(errors) != 1:
+        verdict.faults.append(f"{len(errors)} messages" if errors else f"no message within {MESSAGE_SECONDS:.0f} s")
+    if errors:
+        _check_message(verdict, *errors[0])
+
+
+def _check_message(verdict: Verdict, when: float, message: str) -> None:
+    verdict.message, verdict.message_seconds = message, when - verdict.hit.when
     if verdict.message_seconds > MESSAGE_SECONDS:
         verdict.faults.append(f"the message came after {verdict.message_seconds:.0f} s")
-    if not any(name in verdict.message.lower() for name in _NAMES_OF[kill.victim]):
-        verdict.faults.append(f"the message does not name the {kill.victim}: {verdict.message}")
+    if f"{_NAME_OF[verdict.kill.victim]} " not in message:
+        verdict.faults.append("the message does not name the victim")
+    if verdict.kill.victim in (DRIVER, ACTOR, ROLLOUT) and f"pid {verdict.hit.pid}" not in message:
+        verdict.faults.append(f"the message does not name pid {verdict.hit.pid}")
 
 
-def _check_left(verdict: Verdict, run: TrainRun) -> None:
+def check_left(verdict: Verdict, run: TrainRun) -> None:
     waited_already = 0.0 if verdict.exit_code is not None else CLEAN_SECONDS
     # A minute after the end of the run, not after the kill: a run that survives goes on.
     verdict.clean_seconds, left = wait_until_clean(run.footprint, CLEAN_SECONDS - waited_already)
@@ -115,11 +124,13 @@ def _tracked(folder: Path) -> int:
     return int(tracker.read_text()) if tracker.is_file() else 0
 
 
-def _check_save(verdict: Verdict, folder: Path, reference: Reference) -> None:
+def check_save(verdict: Verdict, folder: Path, reference: Reference) -> None:
     """The save that the tracker names is whole, and bit for bit the undisturbed run's of that iteration."""
     verdict.save = _tracked(folder)
     if verdict.save == 0:
         return
+    if verdict.message and f"after iteration {verdict.save}:" not in verdict.message:
+        verdict.faults.append(f"the message does not say that iteration {verdict.save} is the one to go on from")
     try:
         found = recognise(folder / "save")
         for tensor in read_weights(folder / "save").values():
@@ -135,23 +146,17 @@ def _check_save(verdict: Verdict, folder: Path, reference: Reference) -> None:
 
 def _resume(verdict: Verdict, config: Path) -> None:
     began = time.monotonic()
-    with TrainRun(config, *_resume_overrides(config.parent)) as run:
-        code = run.wait(_RUN_SECONDS)
+    with TrainRun(config, "rl_config.resume=auto") as run:
+        code = run.wait(RUN_SECONDS)
         run.reader.join(timeout=5)
         if code != 0:
-            error = run.console.error()
-            verdict.faults.append(f"the resumed run ended with {code} after {time.monotonic() - began:.0f} s: {error[1] if error else ''}")
+            said = "; ".join(line for _, line in run.console.errors())
+            verdict.faults.append(f"the resumed run ended with {code} after {time.monotonic() - began:.0f} s: {said}")
         _, left = wait_until_clean(run.footprint, CLEAN_SECONDS)
     verdict.faults += [f"left behind by the resumed run: {thing}" for thing in left]
 
 
-def _resume_overrides(folder: Path) -> list[str]:
-    if "resume" in RLConfig.model_fields:
-        return ["rl_config.resume=auto"]
-    return [f"actor_config.load={folder / 'save'}"] if _tracked(folder) else []
-
-
-def _check_result(verdict: Verdict, folder: Path, reference: Reference) -> None:
+def check_result(verdict: Verdict, folder: Path, reference: Reference) -> None:
     if _tracked(folder) != TRAIN_ITERS:
         verdict.faults.append(f"the last save is of iteration {_tracked(folder)}, not {TRAIN_ITERS}")
         return

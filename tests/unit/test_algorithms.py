@@ -9,7 +9,7 @@ import torch
 from mindspeed_mm_rl.algorithms.advantages import group_advantages, group_normalised, per_token
 from mindspeed_mm_rl.algorithms.filters import check_metric, has_spread, metric_name, metric_values
 from mindspeed_mm_rl.algorithms.kl import KLController, kl_estimate
-from mindspeed_mm_rl.algorithms.recipes import RecipeSettings, make_kl_controller, make_recipe
+from mindspeed_mm_rl.algorithms.recipes import ALGORITHMS, RecipeSettings, make_kl_controller, make_recipe
 from mindspeed_mm_rl.types import Batch, Group, LossInput, Prompt, Ragged
 
 
@@ -150,8 +150,10 @@ def test_recipe_needs_only_what_its_settings_ask_for():
     assert keep(group(acc_for_dapo=[1.0, -1.0])) and not keep(group(acc_for_dapo=[1.0, 1.0]))
 
 
-def test_recipes_travel_between_processes():
-    recipe = make_recipe(recipe_settings(kl_coef=0.01))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_recipes_travel_between_processes(algorithm):
+    recipe = make_recipe(recipe_settings(algorithm=algorithm, kl_coef=0.01, loss_length=8))
     x = LossInput(*(torch.linspace(-2.0, -1.0, 4) * k for k in range(1, 7)), torch.ones(4), torch.zeros(4, dtype=torch.int64), 4.0, 1.0)
     assert pickle.loads(pickle.dumps(recipe.policy_loss(0.01)))(x)[0].item() == recipe.policy_loss(0.01)(x)[0].item()
-    assert pickle.loads(pickle.dumps(recipe)).name == "dapo"
+    assert pickle.loads(pickle.dumps(recipe)).name == algorithm
+    assert (recipe.value_loss is not None) == recipe.needs_critic == (algorithm == "ppo")

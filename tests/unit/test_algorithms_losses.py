@@ -34,7 +34,7 @@ def hand_input(**changes):
 
 
 def test_token_level_loss_by_hand():
-    loss, metrics = clipped_policy_loss(hand_input(), DAPO)
+    loss, metrics = clipped_policy_loss(hand_input(ref_logprobs=None), DAPO)
     assert loss.item() == pytest.approx(sum(SURROGATE) / 4, abs=1e-6)
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
         {"pg_loss": 0.005, "entropy": 0.25, "pg_clipfrac": 0.5, "ppo_kl": -log(0.75) / 2, "ratio_mean": 1.0}, abs=1e-6
@@ -98,17 +98,77 @@ def test_gradient_of_the_kl_term_by_hand(kind, slope):
     assert x.logprobs.grad[:2].tolist() == pytest.approx([0.1 * slope / 4] * 2, abs=1e-6)
 
 
+def test_kl_is_measured_also_when_it_is_no_part_of_the_loss():
+    """An adaptive coefficient needs it when the KL term is in the reward."""
+    loss, metrics = clipped_policy_loss(hand_input(), replace(DAPO, kl_penalty="kl"))
+    assert metrics["kl_loss"].item() == pytest.approx(log(2.0), abs=1e-6)
+    assert loss.item() == pytest.approx(0.005, abs=1e-6)
+
+
 def test_kl_term_without_reference_is_refused():
     with pytest.raises(ValueError, match="no reference log-probs"):
         clipped_policy_loss(hand_input(ref_logprobs=None), replace(DAPO, kl_coef=0.1))
 
 
+def test_a_constant_length_weighs_every_token_alike_by_hand():
+    """Dr. GRPO: sums of the two sequences over 8, mean of the two."""
+    loss, metrics = clipped_policy_loss(hand_input(), replace(DAPO, loss_length=8, token_level_loss=False))
+    assert loss.item() == pytest.approx((-1.28 / 8 + (0.8 + 1.5 - 1.0) / 8) / 2, abs=1e-6)
+    assert metrics["entropy"].item() == pytest.approx(0.25)
+
+
+GSPO = PolicyLossSettings(clip_ratio_low=0.1, clip_ratio_high=0.2, token_level_loss=False, surrogate="sequence_ratio")
+CISPO = PolicyLossSettings(clip_ratio_low=1.0, clip_ratio_high=0.2, surrogate="clipped_weight")
+
+
+def test_sequence_ratio_by_hand():
+    x = hand_input(advantages=torch.tensor([1.0, -2.0, -2.0, -2.0]))
+    loss, metrics = clipped_policy_loss(x, GSPO)
+    # s = 1.5 clipped to 1.2 | s = (0.5 * 1.5 * 0.5) ** (1 / 3) = 0.7211248, below 1 - 0.1, so that -2 * 0.9 is the worse: clipped too
+    assert loss.item() == pytest.approx((-1.2 + 1.8) / 2, abs=1e-6)
+    assert metrics["pg_clipfrac"].item() == 1.0
+    assert metrics["ratio_mean"].item() == pytest.approx((1.5 + 3 * 0.7211248) / 4, abs=1e-6)
+    loss.backward()
+    assert x.logprobs.grad.tolist() == [0.0] * 4
+
+
+def test_gradient_of_the_sequence_ratio_by_hand():
+    x = hand_input(advantages=torch.tensor([-1.0, 2.0, 2.0, 2.0]))
+    clipped_policy_loss(x, GSPO)[0].backward()
+    # d(-A s)/dlogp = -A s / length, over two sequences.
+    assert x.logprobs.grad.tolist() == pytest.approx([1.5 / 2, *[-2 * 0.7211248 / 3 / 2] * 3], abs=1e-6)
+
+
+def test_clipped_weight_by_hand():
+    x = hand_input()
+    loss, metrics = clipped_policy_loss(x, CISPO)
+    # weights 1.2 (clipped), 0.5, 1.2 (clipped), 0.5; log-probs old + log ratio
+    logprobs = [-1 + log(1.5), -2 + log(0.5), -0.5 + log(1.5), -3 + log(0.5)]
+    expected = [-1.2 * logprobs[0], 0.5 * logprobs[1], 1.2 * logprobs[2], -2 * 0.5 * logprobs[3]]
+    assert loss.item() == pytest.approx(sum(expected) / 4, abs=1e-6)
+    assert metrics["pg_clipfrac"].item() == 0.5
+    loss.backward()
+    # No token loses its gradient: -A w, whether the weight is clipped or not.
+    assert x.logprobs.grad.tolist() == pytest.approx([-1.2 / 4, 0.5 / 4, 1.2 / 4, -1.0 / 4], abs=1e-6)
+
+
+def test_clipped_weight_with_a_lower_bound():
+    loss, _ = clipped_policy_loss(hand_input(advantages=torch.tensor([0.0, 1.0, 0.0, 0.0])), replace(CISPO, clip_ratio_low=0.2))
+    assert loss.item() == pytest.approx(-0.8 * (-2 + log(0.5)) / 4, abs=1e-6)
+
+
 EVERYTHING = replace(DAPO, kl_coef=0.1, entropy_coeff=0.05, rollout_is_cap=1.5)
+VARIANTS = {
+    "tokens": EVERYTHING,
+    "sequences": replace(EVERYTHING, token_level_loss=False),
+    "constant": replace(EVERYTHING, loss_length=16),
+    "gspo": replace(EVERYTHING, token_level_loss=False, surrogate="sequence_ratio"),
+    "cispo": replace(EVERYTHING, surrogate="clipped_weight"),
+}
 
 
-@pytest.mark.parametrize("token_level_loss", [True, False])
-def test_nothing_outside_the_mask_has_an_effect(token_level_loss):
-    settings = replace(EVERYTHING, token_level_loss=token_level_loss)
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_nothing_outside_the_mask_has_an_effect(settings):
     mask = torch.tensor([1.0, 1.0, 0.0, 1.0])
     results = []
     for junk in (0.0, 1e4, float("nan"), float("inf")):
@@ -132,9 +192,10 @@ def test_a_micro_batch_without_loss_tokens_gives_zero_gradient():
     assert all(value.item() == 0.0 for value in metrics.values())
     empty = torch.empty(0, requires_grad=True)
     nothing = LossInput(empty, *(torch.empty(0) for _ in range(6)), torch.empty(0, dtype=torch.int64), 4.0, 2.0)
-    loss, _ = clipped_policy_loss(nothing, replace(EVERYTHING, token_level_loss=False))
-    loss.backward()
-    assert loss.item() == 0.0
+    for settings in VARIANTS.values():
+        loss, _ = clipped_policy_loss(nothing, settings)
+        loss.backward()
+        assert loss.item() == 0.0
 
 
 LENGTHS = (1, 7, 3, 12, 2, 5)
@@ -172,10 +233,9 @@ def gradient_in_pieces(settings, samples_per_micro_batch):
     return weight.grad, sums
 
 
-@pytest.mark.parametrize("token_level_loss", [True, False])
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("samples_per_micro_batch", [1, 3])
-def test_gradient_does_not_depend_on_micro_batches(token_level_loss, samples_per_micro_batch):
-    settings = replace(EVERYTHING, token_level_loss=token_level_loss)
+def test_gradient_does_not_depend_on_micro_batches(settings, samples_per_micro_batch):
     whole, whole_sums = gradient_in_pieces(settings, len(LENGTHS))
     pieces, sums = gradient_in_pieces(settings, samples_per_micro_batch)
     assert ((pieces - whole).norm() / whole.norm()).item() <= 1e-6
@@ -198,8 +258,9 @@ def test_bfloat16_inputs_are_computed_in_float32():
     assert loss.item() == pytest.approx(0.005, abs=0.01)
 
 
-def test_a_huge_ratio_keeps_value_and_gradient_finite():
+@pytest.mark.parametrize("settings", [DAPO, GSPO, CISPO], ids=["dapo", "gspo", "cispo"])
+def test_a_huge_ratio_keeps_value_and_gradient_finite(settings):
     x = hand_input(old_logprobs=torch.full((4,), -200.0), advantages=torch.full((4,), -1.0))
-    loss, _ = clipped_policy_loss(x, DAPO)
+    loss, _ = clipped_policy_loss(x, settings)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(x.logprobs.grad).all()

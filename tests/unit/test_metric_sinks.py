@@ -43,6 +43,12 @@ def test_nan_is_null(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"iteration": 1, "actor/kl_loss": None, "actor/entropy": 1.5}
 
 
+def test_samples_that_could_not_be_graded_are_on_the_console():
+    assert "rewards/" not in console_line(3, 80, {"rewards/timeouts": 0.0, "rewards/crashes": 0.0})
+    line = console_line(3, 80, {"timing/all": 7.5, "rewards/timeouts": 12.0, "rewards/crashes": 0.0})
+    assert line.endswith(" | timing/all : 7.5000 | rewards/timeouts : 12")
+
+
 def test_console_line_has_the_known_form():
     line = console_line(3, 80, {"dapo/score/mean": 0.25, "actor/lr": 2.5e-4, "timing/all": 7.5, "timing/adv": 0.1})
     assert line.split("] ", 1)[1] == "iteration: 3 / 80 | dapo/score/mean : 0.2500 | actor/lr : 2.5000e-04 | timing/all : 7.5000"

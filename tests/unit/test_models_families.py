@@ -100,7 +100,7 @@ def test_text_model_has_no_vision_and_bans_nothing(tiny_text: Path):
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "key 'mrope_section' is missing for model_type 'qwen2_5_vl'"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 23]}}, r"must sum to half of the head size \(128\)"),
         ({"use_sliding_window": True}, "use_sliding_window true is not offered"),
-        ({"hidden_act": "gelu"}, "hidden_act \"gelu\" is not offered"),
+        ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not offered'),
     ],
 )
 def test_what_is_not_offered_is_one_sentence(tmp_path: Path, change: dict, message: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from mindspeed_mm_rl.models import families, names
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.rope import rotary
+from mindspeed_mm_rl.models.rope_scaling import LinearScaling
 from mindspeed_mm_rl.models.weight_layout import to_hf, to_megatron
 from tests.tiny import make_tiny_text
 
@@ -28,11 +30,19 @@ LLAMA3 = {
     "original_max_position_embeddings": CONTEXT,
     "rope_theta": 500.0,
 }
-SMALL = {"hidden": 48, "intermediate": 96, "heads": 3, "kv_heads": 1}
+SMALL = {"hidden": 48, "intermediate": 96, "heads": 3, "kv_heads": 1, "weight_std": 0.15}
 MODELS = {
     "qwen2_untied_yarn": {"family": "qwen2", "rope": YARN, **SMALL},
-    "qwen3_untied": {"family": "qwen3", "head_dim": 32, "hidden": 48, "intermediate": 96},
-    "qwen3_tied_yarn": {"family": "qwen3", "head_dim": 32, "tied": True, "rope": YARN, "hidden": 48, "intermediate": 96},
+    "qwen3_untied": {"family": "qwen3", "head_dim": 32, "hidden": 48, "intermediate": 96, "weight_std": 0.15},
+    "qwen3_tied_yarn": {
+        "family": "qwen3",
+        "head_dim": 32,
+        "tied": True,
+        "rope": YARN,
+        "hidden": 48,
+        "intermediate": 96,
+        "weight_std": 0.15,
+    },
     "llama_tied": {"family": "llama", "tied": True, "rope": {"rope_theta": 100000.0}, **SMALL},
     "llama_untied_llama3": {"family": "llama", "rope": LLAMA3, **SMALL},
     "llama_tied_linear": {"family": "llama", "tied": True, "rope": {"rope_type": "linear", "factor": 4.0}, **SMALL},
@@ -80,6 +90,16 @@ def test_logits_equal_hugging_face_and_do_not_depend_on_packing(policy, hf, rows
     assert expected.std() > 0.1
     torch.testing.assert_close(together, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(together, alone, atol=5e-6, rtol=0)
+
+
+def test_another_rope_would_be_seen(policy, rows, monkeypatch):
+    """The parity above would be worth nothing if tiny weights made attention blind to positions."""
+    architecture = policy.architecture
+    other = replace(architecture.text, rope_scaling=LinearScaling(2.0))
+    with torch.no_grad():
+        before = packed_logits(policy, rows)
+        monkeypatch.setattr(policy, "architecture", replace(architecture, text=other))
+        assert (packed_logits(policy, rows) - before).abs().max() > 0.05
 
 
 def test_every_gradient_equals_hugging_face(policy, hf, rows):
@@ -197,20 +217,21 @@ def test_what_would_be_another_network_is_refused(tmp_path: Path, change: dict, 
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
         {"type": "yarn", "factor": 40.0, "beta_fast": 16, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
         {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.5, "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
         {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 2048},
         {"type": "linear", "factor": 2.5},
     ],
-    ids=["yarn", "deepseek", "factor", "llama3", "linear"],
+    ids=["yarn", "deepseek", "factor", "ramp", "llama3", "linear"],
 )
 def test_stretched_rope_equals_hugging_face_far_beyond_the_context(tmp_path: Path, rope: dict):
     """Flat keys, as transformers 4 writes them."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    text = read(tmp_path, SMOLLM2_135M | {"rope_scaling": rope}).text
+    text = read(tmp_path, SMOLLM2_135M | {"head_dim": 32, "rope_scaling": rope}).text
     positions = torch.tensor([0, 1, 63, 2047, 2048, 20_000, 81_919])
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     expected = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
-    plain = rotary(positions.expand(3, -1), read(tmp_path, SMOLLM2_135M).text)
+    plain = rotary(positions.expand(3, -1), read(tmp_path, SMOLLM2_135M | {"head_dim": 32}).text)
     for ours, theirs, unscaled in zip(rotary(positions.expand(3, -1), text), expected, plain, strict=True):
         torch.testing.assert_close(ours, theirs[0], atol=1e-6, rtol=0)
         assert (ours - unscaled).abs().max() > 0.1

@@ -60,9 +60,9 @@ def change(path: Path) -> None:
     path.write_bytes(b"X" + path.read_bytes()[1:])
 
 
-def forget(save: Path, key: str) -> None:
+def forget(save: Path, key: str, inside: str = "") -> None:
     state = json.loads((save / STATE_FILE).read_text())
-    del state[key]
+    del (state[inside] if inside else state)[key]
     (save / STATE_FILE).write_text(json.dumps(state))
 
 
@@ -77,7 +77,7 @@ def forget(save: Path, key: str) -> None:
         (lambda save: (save / STATE_FILE).write_text("[]"), "state.json lacks iteration, "),
         (lambda save: forget(save, "data"), "state.json lacks data"),
         (lambda save: forget(save, "files"), "state.json lacks files"),
-        (lambda save: (save / STATE_FILE).write_text((save / STATE_FILE).read_text().replace(".metadata", "x")), "lists no actor/.metadata"),
+        (lambda save: forget(save, "actor/.metadata", inside="files"), "lists no actor/.metadata"),
         (lambda save: shutil.rmtree(save / ACTOR_FOLDER), "is missing"),
         (lambda save: shutil.rmtree(save), "it has no state.json"),
     ],

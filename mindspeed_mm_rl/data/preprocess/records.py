@@ -41,6 +41,19 @@ def read_records(files: tuple[Path, ...]) -> Iterator[tuple[str, Record]]:
             yield f"{file}, row {number}", record
 
 
+def count_records(files: tuple[Path, ...]) -> int | None:
+    """Records of parquet files, lines of .jsonl files; None where only reading everything would tell."""
+    kinds = {file.suffix for file in files}
+    if kinds == {".parquet"}:
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    return sum(_lines(file) for file in files) if kinds == {".jsonl"} else None
+
+
+def _lines(file: Path) -> int:
+    with file.open("rb") as stream:
+        return sum(1 for line in stream if line.strip())
+
+
 def _parquet_records(file: Path) -> Iterator[Record]:
     try:
         with pq.ParquetFile(file) as reader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_mm_rl.data.preprocess.templates import BOS, EOS, Template
+from mindspeed_mm_rl.data.preprocess.templates import BOS, Template
 
 _R1_INSTRUCTION = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
@@ -71,14 +71,10 @@ TEMPLATES: dict[str, Template] = {
         stop_word="<|im_end|>",
         reasoning=True,
     ),
-    "llama2": Template(
-        user=(BOS, "[INST] {{content}} [/INST]"), system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",), system_in_user=True
-    ),
+    "llama2": Template(user=(BOS, "[INST] {{content}} [/INST]"), system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",), system_in_user=True),
     "llama3": Template(
         prefix=(BOS,),
-        user=(
-            "<|start_header_id|>user<|end_header_id|>\n\n{{content}}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        ),
+        user=("<|start_header_id|>user<|end_header_id|>\n\n{{content}}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",),
         system=("<|start_header_id|>system<|end_header_id|>\n\n{{content}}<|eot_id|>",),
         stop_word="<|eot_id|>",
     ),

@@ -154,7 +154,7 @@ class ChatTemplateEncoder:
             opened = self._render(system, turns[:number], question)
             closed = self._render(system, turns[: number + 1], None)
             if not (opened.startswith(before) and closed.startswith(opened)):
-                raise ValueError("prompt_type chat_template: this chat template rewrites earlier text of a dialogue; choose a named template")
+                raise ValueError("prompt_type chat_template: this one rewrites earlier text of a dialogue; choose a named template")
             encoded.append((self._ids(opened[len(before) :]), self._ids(closed[len(opened) :])))
             before = closed
         return encoded

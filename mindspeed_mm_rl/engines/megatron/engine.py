@@ -225,7 +225,7 @@ class MegatronTrainEngine:
             raise RuntimeError(
                 f"trainer and rollout engine disagree: the largest log-prob gap of this mini-batch is {largest:.4g}, "
                 f"rl_config.logprob_gap_bound is {bound:g}; nothing was updated. "
-                "Look for weights that were not pushed, another dtype, or another temperature on one side"
+                "Look for weights that were not pushed, a cache that was not dropped, another dtype, or another temperature on one side"
             )
         return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 

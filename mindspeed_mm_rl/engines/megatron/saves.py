@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 
 def save(folder: Path, policy: Any, optimizer: Any, schedule: Any) -> None:
-    """Collective. `folder` must exist and be empty."""
+    """Collective. `folder` must exist and be empty. Raises OSError or RuntimeError when a rank cannot write its shards."""
     from megatron.core import dist_checkpointing
 
     state = _sharded_state(policy, optimizer, is_loading=False)
     state["schedule"] = schedule.state_dict()
     state["rng"] = device.rng_state()
-    dist_checkpointing.save(state, str(folder))
+    with _ordinary_errors():
+        dist_checkpointing.save(state, str(folder))
 
 
 def load(folder: Path, policy: Any, optimizer: Any | None, schedule: Any, with_rng: bool) -> None:
@@ -34,7 +37,8 @@ def load(folder: Path, policy: Any, optimizer: Any | None, schedule: Any, with_r
     from megatron.core import dist_checkpointing
 
     refuse_code(folder)
-    state = dist_checkpointing.load(_sharded_state(policy, optimizer, is_loading=True), str(folder))
+    with _ordinary_errors():
+        state = dist_checkpointing.load(_sharded_state(policy, optimizer, is_loading=True), str(folder))
     load_policy(policy, state["model"])
     if optimizer is not None:
         settings = [{key: group[key] for key in _SETTINGS} for group in optimizer.param_groups]
@@ -44,6 +48,18 @@ def load(folder: Path, policy: Any, optimizer: Any | None, schedule: Any, with_r
         schedule.load_state_dict(state["schedule"])
     if with_rng:
         device.set_rng_state(state["rng"])
+
+
+@contextmanager
+def _ordinary_errors() -> Iterator[None]:
+    """torch's CheckpointException is no Exception: raised in a worker, it would end the process instead of being told."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = [f"rank {rank}: {' '.join(str(cause).split())}" for rank, (cause, _) in error.failures.items()]
+        raise RuntimeError("; ".join(reasons) or "another rank could not read or write its shards") from error
 
 
 def load_policy(policy: Any, tensors: dict[str, Any]) -> None:

@@ -1,0 +1,64 @@
+"""Worker processes with a planted fault, and one that watches: what a run does when trainer and rollout engine silently part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle, read_views
+from mindspeed_mm_rl.workers.actor import ActorWorker
+from mindspeed_mm_rl.workers.rollout import RolloutWorker
+
+WITNESS = "PLANTED_WITNESS"
+"""Environment variable of the workers: the file in which WatchedActor says what it saw."""
+PERTURBED = "model.layers.1.mlp.down_proj.weight"
+
+
+class PerturbedRollout(RolloutWorker):
+    """From the second push on, one tensor of one layer is not the trainer's; the trainer's own buffer stays as it is."""
+
+    def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
+        super().receive_weights(handle if policy_version == 0 else self._perturbed(handle), policy_version)
+
+    def _perturbed(self, handle: WeightHandle) -> WeightHandle:
+        tensors = [(name, view * 3 if name == PERTURBED else view) for name, view in read_views(handle)]
+        assert PERTURBED in dict(tensors)
+        self.buffer = HostBuffer((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
+        return self.buffer.write(tensors)
+
+
+class StaleCacheRollout(RolloutWorker):
+    """From the third push on, keys and values of the old weights are kept: the reset says that it was done, and wasn't."""
+
+    def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
+        if policy_version == 2:
+            self.engine._llm.reset_prefix_cache = lambda: True
+        super().receive_weights(handle, policy_version)
+
+
+class WatchedActor(ActorWorker):
+    """Writes down weights and optimizer state before and after an update that raises."""
+
+    def update(self, *arguments: object) -> dict[str, float]:
+        before = self._digest()
+        try:
+            return super().update(*arguments)
+        except RuntimeError:
+            Path(os.environ[WITNESS]).write_text(json.dumps({"before": before, "after": self._digest()}))
+            raise
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(str(self.engine.schedule.num_steps).encode())
+        for tensor in self._tensors():
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.engine.policy.parameters()
+        for state in self.engine.optimizer.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
