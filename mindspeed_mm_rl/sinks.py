@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -50,10 +52,11 @@ class JsonlSink:
     """One JSON object per line, `iteration` first; a line is written by one append, so that a kill never leaves half of one.
 
     A resumed run (`resume_from` > 0) drops the lines after that iteration and continues the file; a new run moves an older file aside
-    to metrics.1.jsonl, metrics.2.jsonl, ...
+    to metrics.1.jsonl, metrics.2.jsonl, ... Raises OSError naming the file when there is no room for a line, and writes no part of it.
     """
 
     def __init__(self, path: Path, resume_from: int = 0) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
             _keep_until(path, resume_from) if resume_from else path.rename(_free_name(path))
@@ -62,7 +65,11 @@ class JsonlSink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         # NaN and infinity are no JSON; null keeps the column and is seen as "not a number" by every reader.
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        os.write(self._file, (json.dumps({"iteration": step, **record}) + "\n").encode())
+        line, end = (json.dumps({"iteration": step, **record}) + "\n").encode(), os.fstat(self._file).st_size
+        with _naming(self.path):
+            if os.write(self._file, line) < len(line):
+                os.ftruncate(self._file, end)
+                raise OSError(errno.ENOSPC, "")
 
     def close(self) -> None:
         os.close(self._file)
@@ -80,8 +87,19 @@ def read_records(path: Path) -> list[dict[str, float]]:
 def _keep_until(path: Path, iteration: int) -> None:
     kept = [record for record in read_records(path) if record["iteration"] <= iteration]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)
+    with _naming(temporary):
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.chmod(0o640)
+        temporary.replace(path)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Writing to an open file doesn't say which one the disk was too full for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or errno.EIO), str(path)) from error
 
 
 def _free_name(path: Path) -> Path:

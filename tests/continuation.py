@@ -79,8 +79,9 @@ def picture_rows(path: Path) -> Path:
 
 
 @contextmanager
-def _watching(batches: list[Batch]) -> Iterator[None]:
-    """Keeps every batch that the trainer makes: its samples, tokens and log-probs."""
+def watching() -> Iterator[list[Batch]]:
+    """Collects every batch that the trainer makes: its samples, tokens and log-probs."""
+    batches: list[Batch] = []
     made_by = rl.to_batch
 
     def watched(*arguments: Any) -> Batch:
@@ -89,20 +90,18 @@ def _watching(batches: list[Batch]) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "to_batch", watched)
-        yield
+        yield batches
 
 
 def straight(plan: Plan) -> Result:
-    batches: list[Batch] = []
-    with _watching(batches):
+    with watching() as batches:
         build.run(plan)
     return _result(plan, batches)
 
 
 def stopped_and_resumed(plan: Plan) -> Result:
     """The optimizer's plan stays that of all iterations: it is a stop, not a shorter run."""
-    batches: list[Batch] = []
-    with _watching(batches):
+    with watching() as batches:
         build.run(replace(plan, run=replace(plan.run, train_iters=STOP_AFTER)))
         assert len(read_records(Path(plan.run.output) / "metrics.jsonl")) == STOP_AFTER
         build.run(plan)

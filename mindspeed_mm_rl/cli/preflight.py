@@ -28,7 +28,9 @@ def begin(plan: Plan, dry_run: bool) -> Start:
     if not Path(plan.train.hf_path).is_dir():
         raise ValueError(f"megatron_training.tokenizer_name_or_path: {plan.train.hf_path} is not a folder; give a Hugging Face folder")
     if plan.run.save and not dry_run:
-        SaveFolder(Path(plan.run.save)).mend()
+        saves = SaveFolder(Path(plan.run.save))
+        with saves.held():
+            saves.mend()
     return start_of(plan)
 
 

@@ -57,8 +57,8 @@ def _sequences(config: Config) -> None:
     tokens = max(generate.max_num_batched_tokens, model_len)
     if generate.max_num_seqs > tokens:
         raise ValueError(
-            f"generate_config.max_num_seqs ({generate.max_num_seqs}) must be <= generate_config.max_num_batched_tokens ({tokens}), as every "
-            "sequence takes a token of each step; lower the first or raise the second"
+            f"generate_config.max_num_seqs ({generate.max_num_seqs}) must be <= generate_config.max_num_batched_tokens ({tokens}), as "
+            "every sequence takes a token of each step; lower the first or raise the second"
         )
 
 
@@ -157,7 +157,7 @@ def _clip(config: Config) -> None:
     rl = config.rl_config
     if rl.clip_higher_enable and rl.clip_ratio_low > rl.clip_ratio_high:
         raise ValueError(
-            f"rl_config.clip_ratio_low ({rl.clip_ratio_low}) must be <= rl_config.clip_ratio_high ({rl.clip_ratio_high}); change one of them"
+            f"rl_config.clip_ratio_low ({rl.clip_ratio_low}) must be <= rl_config.clip_ratio_high ({rl.clip_ratio_high}); change one"
         )
 
 
@@ -189,8 +189,8 @@ def check_model(plan: RolloutPlan, hf: Mapping[str, Any], on_cpu: bool) -> None:
     is_scaled = any((text.get(key) or {}).get("factor") for key in ("rope_scaling", "rope_parameters"))
     if positions and plan.max_model_len > positions and not is_scaled:
         raise ValueError(
-            f"generate_config.max_model_len (or rl_config.max_prompt_length + generate_config.sampling_config.max_tokens: "
-            f"{plan.max_model_len}) must be <= max_position_embeddings ({positions}) of {plan.hf_path}/config.json; lower it"
+            f"generate_config.max_model_len ({plan.max_model_len}; unless given, rl_config.max_prompt_length + max_tokens) must be <= "
+            f"max_position_embeddings ({positions}) of {plan.hf_path}/config.json; lower it"
         )
     if not on_cpu or not {"num_hidden_layers", "head_dim"} <= text.keys():
         return

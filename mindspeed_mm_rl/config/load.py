@@ -103,7 +103,7 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
+        raise ValueError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}; write the value itself, or a key that exists") from error
     return {str(key): value for key, value in content.items()}
 
 

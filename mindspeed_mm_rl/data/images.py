@@ -60,8 +60,8 @@ def read_image_settings(hf_path: str | Path, min_pixels: int, max_pixels: int) -
     smallest = (patch * merge) ** 2
     if not 0 < min_pixels <= max_pixels or max_pixels < smallest:
         raise ValueError(
-            f"min_pixels ({min_pixels}) and max_pixels ({max_pixels}) must satisfy 0 < min_pixels <= max_pixels >= {smallest}"
-            f" (one merged patch of {patch} x {merge} pixels a side)"
+            f"megatron_training.max_pixels ({max_pixels}) must be >= megatron_training.min_pixels ({min_pixels}) and >= {smallest}, one "
+            f"merged patch of {patch} x {merge} pixels a side; raise it"
         )
     return ImageSettings(patch, temporal, merge, tuple(values["image_mean"]), tuple(values["image_std"]), min_pixels, max_pixels)
 

@@ -60,7 +60,7 @@ class PromptBuilder:
         if row.token_ids is not None:
             return self._prepared(row.token_ids)
         if len(row.images) > self._max_images:
-            raise ValueError(f"{len(row.images)} images, but generate_config.limit_mm_image_per_prompt is {self._max_images}")
+            raise ValueError(f"{len(row.images)} images, but generate_config.limit_mm_image_per_prompt is {self._max_images}; raise it")
         with self._lock:
             return self.renderer.token_ids(row.messages, len(row.images))
 

@@ -1,8 +1,8 @@
 """Grades groups in processes of their own, beside generation, and lives on when one of them hangs or dies.
 
 One thread per worker process:  submit -> queue -> thread -> pipe -> worker, one answer per sample back, Future when the last is in.
-The deadline is per sample: a late worker is killed, that sample is wrong, a new worker goes on with the rest of the group. So it is with
-a worker that dies or runs out of memory. A verifier that raises costs its sample alone. All of them are counted.
+The deadline is per sample: a late grader is killed, that sample is wrong, a new one goes on with the rest of the group. So it is with a
+grader that dies or runs out of memory. A verifier that raises costs its sample alone. All of them are counted.
 
 Plain subprocesses instead of multiprocessing's: those import the driver's main module again, and with it torch and Ray.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
 import signal
 import subprocess
@@ -83,45 +84,73 @@ class _Faults:
 
 
 class _Worker:
-    """One grading process; its pipe is in step with it or the process is killed."""
+    """A keeper process and its grader (see worker.py)."""
 
     def __init__(self, settings: RewardSettings) -> None:
         self.pipe, theirs = Pipe()
         with theirs:
             command = [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)]
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        self._task = 0
+        self._grader: int | None = None
+        """Process id; None while there is none."""
         self._send({"verifiers": settings.verifiers, "timeout": settings.timeout_seconds})
 
     def wait_ready(self) -> None:
         """Raises RuntimeError when the worker cannot grade: a grader is not installed, or is broken."""
         try:
-            message = self.receive(_START_SECONDS)
+            self._wait_for_grader()
         except _WorkerLate:
             self.process.kill()
             raise RuntimeError(f"a reward worker was not ready after {_START_SECONDS:.0f} s") from None
         except _WorkerDied as death:
             raise RuntimeError(f"a reward worker ended while it started (exit code {death.exit_code})") from None
-        if "error" in message:
-            raise RuntimeError(f"a reward worker could not start: {message['error'].strip().splitlines()[-1]}\n{message['error']}")
 
     def grade(self, texts: Sequence[str], answer: str) -> None:
-        self._send({"texts": list(texts), "answer": answer})
+        self._task += 1
+        self._send({"task": self._task, "texts": list(texts), "answer": answer})
 
     def receive(self, seconds: float) -> dict[str, object]:
-        if not self.pipe.poll(seconds):
+        """The next answer to the last task. Raises _WorkerDied or _WorkerLate; `restart` comes next then."""
+        deadline = time.monotonic() + seconds
+        while True:
+            message = self._next(deadline - time.monotonic())
+            if "died" in message:
+                self._grader = None
+                raise _WorkerDied(message["died"])
+            if message.pop("task", None) == self._task:
+                return message
+
+    def restart(self) -> None:
+        """A new grader, which waits for a task. Raises _WorkerDied or _WorkerLate when the keeper is gone too."""
+        if self._grader is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._grader, signal.SIGKILL)
+        self._wait_for_grader()
+
+    def kill(self) -> None:
+        """The keeper; the kernel then ends its grader."""
+        self.process.kill()
+        self.process.wait()
+        self.pipe.close()
+
+    def _wait_for_grader(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while "ready" not in (message := self._next(deadline - time.monotonic())):
+            if "error" in message and "task" not in message:
+                raise RuntimeError(f"a reward worker could not start: {message['error'].strip().splitlines()[-1]}\n{message['error']}")
+        self._grader = message["pid"]
+
+    def _next(self, seconds: float) -> dict[str, object]:
+        if not self.pipe.poll(max(0.0, seconds)):
             raise _WorkerLate
         try:
             return json.loads(self.pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
             raise _WorkerDied(self._exit_code()) from None
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.pipe.close()
-
     def _exit_code(self) -> int:
-        """Of a process that has closed its pipe: it ends now, or it is made to."""
+        """Of a keeper that has closed its pipe: it ends now, or it is made to."""
         try:
             return self.process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -216,14 +245,20 @@ class _Lane(threading.Thread):
         return message
 
     def _go_on(self, task: _Task, index: int) -> None:
-        """A new worker grades the samples from `index` on."""
+        """A new grader for the samples from `index` on."""
+        try:
+            self.worker.restart()
+        except (_WorkerDied, _WorkerLate):
+            self._replace_worker()
+        self.worker.grade(task.texts[index:], task.answer)
+
+    def _replace_worker(self) -> None:
         self.worker.kill()
         with self.lock:
             if self.closed:
                 raise RuntimeError("the reward pool was closed while it was grading")
             self.worker = _Worker(self.settings)
         self.worker.wait_ready()
-        self.worker.grade(task.texts[index:], task.answer)
 
 
 class RewardPool:

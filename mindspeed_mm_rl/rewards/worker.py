@@ -1,16 +1,22 @@
-"""The process that grades. It imports nothing heavy, talks JSON over one pipe, and may be killed at any moment.
+"""The processes that grade: a keeper that has imported everything, and its child that grades and may be killed at any moment.
 
-pool thread                              worker
-   |  {"verifiers", "timeout"}  ------->   limits itself, grades every verifier's examples
-   |  <-------  {"ready": true}
-   |  {"texts", "answer"}       ------->
-   |  <-------  {"scores", "accuracy"}     one message per text, in order
-   |  <-------  {"error"}                  in its place when a verifier raises
+pool thread                          keeper                              grader (a fork of the keeper)
+   |  {"verifiers", "timeout"} ---->   limits itself, self-check
+   |                                   forks ------------------------>
+   |  <-----------------------------------------------------------------  {"ready", "pid"}
+   |  {"task", "texts", "answer"} ------------------------------------->
+   |  <-----------------------------------------------------------------  {"task", "scores", "accuracy"} per text, in order
+   |  <-----------------------------------------------------------------  {"task", "error"} in its place when a verifier raises
+   |  <----------------------------  {"died": exit code}, forks again ->  {"ready", "pid"}
+
+A fork costs milliseconds where a new process imports sympy for half a second, or for several on a machine that is busy sampling.
+Both import nothing heavy and talk JSON over one pipe. A task number tells answers to an earlier grader's task from those to this one's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -20,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 from mindspeed_mm_rl.rewards.registry import find_verifier, score_names
 from mindspeed_mm_rl.rewards.scoring import score_sample
@@ -28,7 +35,12 @@ _MEMORY_BYTES = 1 << 30
 """A power tower in a response may ask for all of the machine; grading uses about 0.1 GiB."""
 _OUT_OF_MEMORY = 12
 """Exit code; the pool counts it as a crash."""
+_POOL_GONE = 113
+"""Exit code of a grader that has nobody to grade for."""
+_PR_SET_PDEATHSIG = 1
 _ORPHAN_GRACE_SECONDS = 1.0
+_TOLD_CHARACTERS = 4000
+"""A message that fits the pipe's buffer is sent whole or not at all, whenever the grader is killed."""
 
 
 def main(descriptor: int) -> None:
@@ -43,7 +55,7 @@ def _serve(pipe: Connection) -> None:
     order = json.loads(pipe.recv_bytes())
     # An interrupt of the terminal is for the driver, which then closes the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The pool kills a worker that is late. Should the pool be dead itself, the kernel does: default action, no Python involved.
+    # The pool kills a grader that is late. Should the pool be dead itself, the kernel does: default action, no Python involved.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     try:
         _limit_harm()
@@ -51,24 +63,41 @@ def _serve(pipe: Connection) -> None:
     except Exception:
         _send(pipe, {"error": traceback.format_exc()})
         return
-    _send(pipe, {"ready": True})
     while True:
-        task = json.loads(pipe.recv_bytes())
-        for text in task["texts"]:
-            signal.setitimer(signal.ITIMER_REAL, order["timeout"] + _ORPHAN_GRACE_SECONDS)
-            _grade(pipe, text, task["answer"], order["verifiers"])
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+        grader = os.fork()
+        if not grader:
+            _be_grader(pipe, order["verifiers"], order["timeout"])
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(grader, 0)[1])
+        if exit_code == _POOL_GONE:
+            return
+        _send(pipe, {"died": exit_code})
 
 
-def _grade(pipe: Connection, text: str, answer: str, verifiers: Sequence[str]) -> None:
+def _be_grader(pipe: Connection, verifiers: Sequence[str], timeout: float) -> NoReturn:
     try:
-        message = asdict(score_sample(text, answer, verifiers))
+        _end_with_keeper()
+        _send(pipe, {"ready": True, "pid": os.getpid()})
+        while True:
+            task = json.loads(pipe.recv_bytes())
+            for text in task["texts"]:
+                signal.setitimer(signal.ITIMER_REAL, timeout + _ORPHAN_GRACE_SECONDS)
+                _grade(pipe, task["task"], text, task["answer"], verifiers)
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+    finally:
+        # Nothing of the keeper's that is on the stack may run here too. Only a closed pipe leads here.
+        os._exit(_POOL_GONE)
+
+
+def _grade(pipe: Connection, number: int, text: str, answer: str, verifiers: Sequence[str]) -> None:
+    try:
+        # A score that is no finite number would make the advantages of its whole group NaN.
+        answered = json.dumps({"task": number, **asdict(score_sample(text, answer, verifiers))}, allow_nan=False)
     except MemoryError:
         # What is left of the process cannot be relied on.
         os._exit(_OUT_OF_MEMORY)
     except Exception:
-        message = {"error": traceback.format_exc()}
-    _send(pipe, message)
+        answered = json.dumps({"task": number, "error": traceback.format_exc()[-_TOLD_CHARACTERS:]})
+    pipe.send_bytes(answered.encode())
 
 
 def self_check(verifiers: Sequence[str]) -> None:
@@ -85,11 +114,16 @@ def self_check(verifiers: Sequence[str]) -> None:
 
 
 def _limit_harm() -> None:
-    """Bounds this process's memory, writes no core files, and is the first that the kernel ends when the machine has no memory left."""
+    """Bounds the memory of keeper and graders, and writes no core files."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     bound = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _end_with_keeper() -> None:
+    """Also: the first process that the kernel ends when the machine has no memory left."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 

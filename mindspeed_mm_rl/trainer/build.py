@@ -19,7 +19,7 @@ from mindspeed_mm_rl.sinks import open_metric_log
 from mindspeed_mm_rl.trainer.collect import Collector
 from mindspeed_mm_rl.trainer.ending import Ending
 from mindspeed_mm_rl.trainer.guardian import Guardian
-from mindspeed_mm_rl.trainer.resume import start_of
+from mindspeed_mm_rl.trainer.resume import Start, start_of
 from mindspeed_mm_rl.trainer.rl import RLTrainer
 from mindspeed_mm_rl.trainer.save_folder import SaveFolder
 from mindspeed_mm_rl.trainer.state import RunState
@@ -35,16 +35,26 @@ def run(plan: Plan) -> None:
 
     Raises, with one sentence, ValueError (the user's to mend), RunFailed (a worker is lost, no memory, no disk) or StoppedBySignal.
     """
+    if not plan.run.save:
+        _run(start_of(plan))
+        return
     saves = SaveFolder(Path(plan.run.save))
-    if plan.run.save:
+    with saves.held():
         saves.mend()
-    start = start_of(plan)
+        start = start_of(plan)
+        if not start.is_finished:
+            saves.begin_at(start.save, start.iteration)
+        try:
+            _run(start)
+        finally:
+            # The workers, which may have been writing, are gone.
+            saves.mend()
+
+
+def _run(start: Start) -> None:
     if start.is_finished:
         _console.print(start.finished_line)
         return
-    if start.save is not None and start.save.parent == saves.root:
-        # From here on the text file is right whatever was asked for: a run that dies before its first save is continued from the same one.
-        saves.point_at(start.iteration)
     plan = start.plan
     state = RunState(start, start.iteration)
     with Ending() as ending, Guardian(plan.run.save) as guardian, closing(PromptLoader(plan.data)) as loader:
@@ -56,9 +66,6 @@ def run(plan: Plan) -> None:
                 _train(state, actor, rollout, loader, rewards)
         finally:
             placement.stop()
-            if plan.run.save:
-                # After the workers, which may have been writing.
-                saves.remove_leftovers()
 
 
 def _start_workers(plan: Plan, guardian: Guardian) -> tuple[ActorGroup, RolloutGroupStream]:

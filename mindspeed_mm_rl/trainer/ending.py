@@ -48,10 +48,10 @@ class Ending:
             stop.args = (self._whole(f"{stop}", state, stop.exit_code),)
             raise
         except ValueError as error:
-            raise ValueError(self._whole(cause_of(error), state, _USER_ERROR)) from error
+            raise ValueError(self._whole(str(error), state, _USER_ERROR)) from error
         except Exception as error:
-            _write_log(Path(state.plan.run.output), error)
-            raise RunFailed(self._whole(cause_of(error), state, _FAILED)) from error
+            whole = self._whole(cause_of(error), state, _FAILED)
+            raise RunFailed(f"{whole}. More in {_write_log(Path(state.plan.run.output), error)}") from error
 
     def _whole(self, what: str, state: RunState, exit_code: int) -> str:
         signals.ignore_signals()
@@ -63,7 +63,7 @@ class Ending:
         return f"{what}; {where}. {go_on(run.save)}"
 
 
-def _write_log(output: Path, error: BaseException) -> None:
+def _write_log(output: Path, error: BaseException) -> Path:
     """Everything that the one sentence leaves out. The message matters more than its log: a full disk may be what is told."""
     parts = [time.strftime("%Y-%m-%d %H:%M:%S"), "".join(traceback.format_exception(error))]
     cause: BaseException | None = error
@@ -76,3 +76,4 @@ def _write_log(output: Path, error: BaseException) -> None:
         with (output / LOG).open("a", encoding="utf-8") as file:
             file.write("\n".join(parts) + "\n")
         (output / LOG).chmod(0o640)
+    return output / LOG

@@ -73,12 +73,10 @@ def main(order: str) -> None:
     if left:
         print(f"error: processes {left} of the run can't be ended", file=sys.stderr, flush=True)
     if not is_over:
-        print(
-            f"error: the driver (pid {settings['driver']} on {os.uname().nodename}) was killed, by signal 9 (SIGKILL) or for want of "
-            f"memory; every process of the run was ended. {go_on(settings['save'])}",
-            file=sys.stderr,
-            flush=True,
-        )
+        who = f"the driver (pid {settings['driver']} on {os.uname().nodename})"
+        why = "killed by signal 9 (SIGKILL), for want of memory, or because Ray's daemon died"
+        ended = "every process of the run was ended"
+        print(f"error: {who} ended without a word: {why}; {ended}. {go_on(settings['save'])}", file=sys.stderr, flush=True)
 
 
 def go_on(save: str) -> str:

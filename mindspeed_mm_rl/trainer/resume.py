@@ -70,6 +70,8 @@ def start_of(plan: Plan) -> Start:
     save, passed_over = _chosen(plan)
     notes = tuple(f"passed over: {reason}" for reason in passed_over)
     if save is None:
+        if _training_save(plan.train.load) is not None:
+            _whole("actor_config.load", plan.train.load)
         start = Start(plan, notes=notes)
     else:
         contents = check_whole(save)

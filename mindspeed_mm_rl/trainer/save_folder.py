@@ -9,6 +9,8 @@ save/.iter_0000050.replaced, .removed       one that is about to go
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import secrets
@@ -27,6 +29,8 @@ _RELEASE = "release"
 _SHARDS_OF = f"{ACTOR_FOLDER}/.metadata"
 _KEYS = ("iteration", "written", "data", "kl_controller", "files")
 _FOLDER_MODE, _FILE_MODE = 0o750, 0o640
+_CANNOT_LOCK = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOTSUP)
+"""Some network file systems can't lock folders; there nothing guards a run against a second one."""
 _HASHED_BYTES = 2**20
 """Files up to this size are hashed; for larger ones the size must do, or a check would read the whole save."""
 
@@ -75,6 +79,17 @@ class SaveFolder:
         return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
     @contextmanager
+    def held(self) -> Iterator[None]:
+        """For one run at a time. Raises ValueError when another process holds it; a process that is killed lets go of it."""
+        self.root.mkdir(parents=True, exist_ok=True, mode=_FOLDER_MODE)
+        descriptor = os.open(self.root, os.O_RDONLY)
+        try:
+            _lock(descriptor, self.root)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
     def new_save(self, iteration: int) -> Iterator[Path]:
         """A folder to write into. When the block ends well it becomes the save that the text file names, else nothing of it is left."""
         # A name of its own: a worker of a killed run may still be writing into the old one.
@@ -89,16 +104,36 @@ class SaveFolder:
             tracker.rename(self.root / TRACKER)
             _sync(self.root)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             raise
-        self.remove_leftovers()
+        self.mend()
 
-    def point_at(self, iteration: int) -> None:
-        """Makes the text file name another save."""
-        self._new_tracker(iteration).rename(self.root / TRACKER)
+    def begin_at(self, save: Path | None, iteration: int) -> None:
+        """Makes the text file say where a run begins, so that one which dies before its first save is continued from there, not elsewhere.
+
+        A save of another folder gets a link here. None: a new run, whatever saves of an older one are here.
+        Raises ValueError when a save of that iteration is here already and is another one.
+        """
+        if save is None:
+            if self._saves():
+                self._point_at(_RELEASE)
+            return
+        own = self.path_of(iteration)
+        if save.resolve() != own.resolve():
+            if own.exists():
+                raise ValueError(
+                    f"{save} is to be continued with its saves in {self.root}, which holds another {own.name}: give actor_config.save a "
+                    "folder of its own"
+                )
+            own.unlink(missing_ok=True)
+            own.symlink_to(save.resolve())
+        self._point_at(iteration)
+
+    def _point_at(self, what: int | str) -> None:
+        self._new_tracker(what).rename(self.root / TRACKER)
         _sync(self.root)
 
-    def _new_tracker(self, iteration: int) -> Path:
+    def _new_tracker(self, iteration: int | str) -> Path:
         temporary = self.root / f".{TRACKER}.partial"
         temporary.write_text(f"{iteration}\n", encoding="utf-8")
         temporary.chmod(_FILE_MODE)
@@ -114,7 +149,7 @@ class SaveFolder:
     def _leaving(self, save: Path, why: str) -> Path:
         """Where a save goes on its way out: it leaves its name at once, so that half of it is never taken for a save."""
         path = save.with_name(f".{save.name}.{why}")
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
         return path
 
     def remove_old(self, keep_last: int) -> None:
@@ -123,22 +158,32 @@ class SaveFolder:
         for old in saves[:-keep_last] if keep_last else []:
             leaving = self._leaving(old, "removed")
             old.rename(leaving)
-            shutil.rmtree(leaving)
+            _remove(leaving)
 
     def mend(self) -> None:
-        """What a killed run left behind: a save that was about to be replaced gets its name back, the rest is removed."""
+        """After a run that was stopped anywhere: a save that was being replaced gets its name back, leftovers go. Nobody may be writing."""
         for replaced in self.root.glob(".iter_*.replaced"):
             final = self.root / replaced.name.removeprefix(".").removesuffix(".replaced")
             if not final.exists():
                 replaced.rename(final)
-        self.remove_leftovers()
-
-    def remove_leftovers(self) -> None:
-        """Of saves; nobody may be writing one."""
+        # Nothing is touched where there is nothing to do: the disk may be read-only by now.
         for ending in ("partial", "replaced", "removed"):
             for path in self.root.glob(f".iter_*.{ending}"):
-                shutil.rmtree(path, ignore_errors=True)
-        (self.root / f".{TRACKER}.partial").unlink(missing_ok=True)
+                _remove(path)
+        for path in self.root.glob(f".{TRACKER}.partial"):
+            path.unlink()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"actor_config.save: another run is working with {folder}; wait until it is over, or give this one a folder of its own"
+        ) from error
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
 
 
 def write_state(save: Path, contents: dict[str, Any]) -> None:
@@ -187,6 +232,14 @@ def _written(save: Path) -> tuple[float, str]:
         return float(json.loads((save / STATE_FILE).read_text(encoding="utf-8"))["written"]), save.name
     except (OSError, ValueError, KeyError, TypeError):
         return float("inf"), save.name
+
+
+def _remove(path: Path) -> None:
+    """As far as it can be; what stays has a name that is never taken for a save."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_durable(folder: Path) -> None:

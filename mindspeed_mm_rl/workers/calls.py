@@ -19,6 +19,8 @@ _GRACE_SECONDS = 3.0
 """After one worker has failed, for the others to say what they know. Waiting longer only delays the message."""
 _BEHIND_COLLECTIVES_SECONDS = 5.0
 """Collectives have the same bound and began a little later: the ranks that wait in vain are to say so before the driver gives up."""
+_START_SECONDS = 300.0
+"""Importing megatron or vLLM from a cold network disk takes minutes, however short a phase of the run may be."""
 _SHOWN = 5
 
 
@@ -36,6 +38,11 @@ def numbered(what: str, ids: Sequence[int]) -> str:
     """Example: numbered("samples", [8, 9, 10, 11, 12, 13]) == "samples 8, 9, 10, 11, 12, ... (6 in all)"."""
     shown = ", ".join(map(str, ids[:_SHOWN]))
     return f"{what} {shown}" if len(ids) <= _SHOWN else f"{what} {shown}, ... ({len(ids)} in all)"
+
+
+def start_bound(timeout_seconds: float) -> float:
+    """Seconds that a worker may take until it is ready."""
+    return max(timeout_seconds, _START_SECONDS)
 
 
 def answers(calls: Sequence[Call], timeout_seconds: float, doing: str) -> list[Any]:

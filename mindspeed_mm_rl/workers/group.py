@@ -15,7 +15,7 @@ from mindspeed_mm_rl.types import Batch, ImageInput
 from mindspeed_mm_rl.weights.host import WeightHandle
 from mindspeed_mm_rl.workers import placement
 from mindspeed_mm_rl.workers.actor import ActorWorker
-from mindspeed_mm_rl.workers.calls import Call, Pulse, answers, numbered
+from mindspeed_mm_rl.workers.calls import Call, Pulse, answers, numbered, start_bound
 from mindspeed_mm_rl.workers.failure import Member
 
 _ROLE = "trainer rank"
@@ -46,10 +46,10 @@ class ActorGroup:
 
     def ready(self) -> int:
         """Trainable parameters of a rank."""
-        self.members = placement.introduced(_ROLE, self.workers, self._greetings, self.slots, self.timeout)
+        self.members = placement.introduced(_ROLE, self.workers, self._greetings, self.slots)
         self._pulse = Pulse(self.members)
         calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
-        return answers(calls, self.timeout, "start of the trainer")[0]
+        return answers(calls, start_bound(self.timeout), "start of the trainer")[0]
 
     def encode(self, images: dict[str, ImageInput]) -> list[Any]:
         """Every picture once, shared out over the ranks; object refs of the encoded tables, finished, which the driver never holds."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from mindspeed_mm_rl.config.plan import RunPlan
 from mindspeed_mm_rl.platforms import env, processes, signals
-from mindspeed_mm_rl.workers.calls import Call, answers
+from mindspeed_mm_rl.workers.calls import Call, answers, start_bound
 from mindspeed_mm_rl.workers.failure import Member
 
 _OBJECT_STORE_BYTES_ON_CPU = 512 << 20
@@ -96,10 +96,10 @@ def _marker() -> dict[str, str]:
     return {processes.RUN_MARKER: marker} if marker else {}
 
 
-def introduced(role: str, actors: Sequence[Any], greetings: Sequence[Any], slots: Slots, timeout_seconds: float) -> list[Member]:
+def introduced(role: str, actors: Sequence[Any], greetings: Sequence[Any], slots: Slots) -> list[Member]:
     """greetings: what `alive` of the actors returned, asked before anything long. The number of a member is its place in the list."""
     calls = [Call(Member(role, number, actor), ref) for number, (actor, ref) in enumerate(zip(actors, greetings, strict=True))]
-    known = answers(calls, timeout_seconds, "start of the process")
+    known = answers(calls, start_bound(0.0), "start of the process")
     return [_introduced(call.member, pid, node, slots) for call, (pid, node) in zip(calls, known, strict=True)]
 
 

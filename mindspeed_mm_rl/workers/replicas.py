@@ -17,7 +17,7 @@ from mindspeed_mm_rl.engines.vllm.environment import rollout_env
 from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.weights.host import WeightHandle
 from mindspeed_mm_rl.workers import placement
-from mindspeed_mm_rl.workers.calls import Call, answers, failed, numbered, silent
+from mindspeed_mm_rl.workers.calls import Call, answers, failed, numbered, silent, start_bound
 from mindspeed_mm_rl.workers.failure import Member, WorkerDied, WorkerFailed
 from mindspeed_mm_rl.workers.rollout import RolloutWorker
 
@@ -55,9 +55,9 @@ class RolloutGroupStream:
         self._replaced = self._replaced_before = 0
 
     def ready(self) -> None:
-        self.members = placement.introduced(_ROLE, self.workers, self._greetings, self.slots, self.timeout)
+        self.members = placement.introduced(_ROLE, self.workers, self._greetings, self.slots)
         calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
-        answers(calls, self.timeout, "start of the rollout engine")
+        answers(calls, start_bound(self.timeout), "start of the rollout engine")
 
     def generate(self, requests: list[RolloutRequest], images: list[Any]) -> Iterator[RolloutGroup]:
         """Yields groups in finish order.
@@ -146,8 +146,8 @@ class RolloutGroupStream:
         self._replaced += 1
         worker = self._spawn(replica * self.plan.rollout.tensor_parallel_size)
         greeting, started = worker.alive.remote(), worker.start.remote()
-        member = replace(placement.introduced(_ROLE, [worker], [greeting], self.slots, self.timeout)[0], number=replica)
-        answers([Call(member, started)], self.timeout, "start of the rollout engine")
+        member = replace(placement.introduced(_ROLE, [worker], [greeting], self.slots)[0], number=replica)
+        answers([Call(member, started)], start_bound(self.timeout), "start of the rollout engine")
         if self._pushed is not None:
             answers([Call(member, worker.receive_weights.remote(*self._pushed))], self.timeout, "weight push")
         self.workers[replica] = worker

@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from tests.chaos.processes import Process, read_process, send
 from tests.chaos.run import TrainRun, freeze, thaw
 from tests.chaos.scene import TRAIN_ITERS
+from tests.chaos.stepping import led_while
 
 DRIVER, ACTOR, ROLLOUT, REWARD = "driver", "actor", "rollout", "reward"
 VICTIMS = (DRIVER, ACTOR, ROLLOUT, REWARD)
@@ -23,7 +25,6 @@ _REWARD_WORKER = "mindspeed_mm_rl.rewards.worker"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _POLL_SECONDS, _FOLLOW_SECONDS = 0.0005, 0.002
 _START_SECONDS = 240.0
-_STEP_SECONDS = (10e-6, 150e-6)
 
 
 def role_of(process: Process, driver: int) -> str | None:
@@ -145,47 +146,43 @@ def strike(run: TrainRun, kill: Kill, longest_wait: float, rng: random.Random) -
     watch = Watch(run)
     wait_whole(watch)
     while not run.is_over and run.iterations_done() < TRAIN_ITERS:
-        if run.iterations_done() + 1 >= kill.iteration and _enters(watch, kill.phase, longest_wait, rng):
-            return _kill(run, watch, rng.choice(watch.pids[kill.victim]))
+        if run.iterations_done() + 1 >= kill.iteration and _seems_to_be_in(kill.phase, watch, longest_wait * rng.random()):
+            with _held(watch, kill.phase):
+                if kill.phase.holds(watch):
+                    return _kill(run, rng.choice(watch.pids[kill.victim]))
         time.sleep(_POLL_SECONDS)
     return None
 
 
-def _enters(watch: Watch, phase: Phase, longest_wait: float, rng: random.Random) -> bool:
-    """True: the run is in the phase, and all its processes are stopped. False: it goes on."""
-    looks_like_it = (phase.before or phase.holds)(watch)
-    if looks_like_it and phase.before is None:
-        time.sleep(longest_wait * rng.random())
-        looks_like_it = phase.holds(watch)
-    if not looks_like_it:
-        return False
-    freeze(watch.everyone)
+def _seems_to_be_in(phase: Phase, watch: Watch, seconds: float) -> bool:
+    """Whether the phase holds, and still does after a while; of one that is led into, whether what comes before it holds."""
     if phase.before is not None:
-        _lead_on(watch, phase.before, rng)
-    if phase.holds(watch):
-        return True
-    thaw(watch.everyone)
-    return False
+        return phase.before(watch)
+    if not phase.holds(watch):
+        return False
+    time.sleep(seconds)
+    return phase.holds(watch)
 
 
-def _lead_on(watch: Watch, before: Callable[[Watch], bool], rng: random.Random) -> None:
-    """Lets the driver alone go on, microseconds at a time, as long as `before` holds."""
-    while before(watch) and not watch.run.is_over:
-        thaw(watch.pids[DRIVER])
-        end = time.perf_counter() + rng.uniform(*_STEP_SECONDS)
-        while time.perf_counter() < end:
-            pass
-        freeze(watch.pids[DRIVER])
+@contextmanager
+def _held(watch: Watch, phase: Phase) -> Iterator[None]:
+    """Nothing of the run moves inside the block."""
+    before = phase.before
+    driver, others = watch.pids[DRIVER], [pid for pid in watch.everyone if pid not in watch.pids[DRIVER]]
+    freeze(others if before else others + driver)
+    try:
+        with led_while(driver[0], lambda: before(watch)) if before else nullcontext():
+            yield
+    finally:
+        thaw(watch.everyone)
 
 
-def _kill(run: TrainRun, watch: Watch, pid: int) -> Hit:
+def _kill(run: TrainRun, pid: int) -> Hit:
     # Stopped processes hold still while their sockets and files are listed.
     run.footprint.look()
     process, iteration = read_process(pid), run.iterations_done() + 1
     send(pid, signal.SIGKILL)
-    when = time.monotonic()
-    thaw(watch.everyone)
-    return Hit(pid, process.title if process else "", when, iteration)
+    return Hit(pid, process.title if process else "", time.monotonic(), iteration)
 
 
 def wait_whole(watch: Watch) -> None:

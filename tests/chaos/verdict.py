@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mindspeed_mm_rl.models.weight_files import ITERATION_FILE, read_weights, recognise
+from mindspeed_mm_rl.models.weight_files import ITERATION_FILE, read_weights
 from mindspeed_mm_rl.sinks import read_records
 from tests.chaos.moments import ACTOR, DRIVER, REWARD, ROLLOUT, Hit, Kill, strike, usual_lengths
 from tests.chaos.processes import wait_until_clean
@@ -24,7 +24,8 @@ MESSAGE_SECONDS = CLEAN_SECONDS = 60.0
 RUN_SECONDS = 300.0
 _NAME_OF = {DRIVER: "driver", ACTOR: "trainer rank", ROLLOUT: "rollout replica", REWARD: "reward worker"}
 """What a message must say for the worker to be named."""
-_MACHINE_DEPENDENT = ("timing/", "tps", "memory")
+_MAY_DIFFER = ("timing/", "tps", "memory", "replaced_replicas")
+"""What a metric's name has in it that depends on the machine, or that counts the kills."""
 
 
 @dataclass(frozen=True)
@@ -125,23 +126,32 @@ def _tracked(folder: Path) -> int:
 
 
 def check_save(verdict: Verdict, folder: Path, reference: Reference) -> None:
-    """The save that the tracker names is whole, and bit for bit the undisturbed run's of that iteration."""
+    """Every save that has its name is whole, and bit for bit the undisturbed run's; the message says which one to go on from."""
     verdict.save = _tracked(folder)
-    if verdict.save == 0:
-        return
-    if verdict.message and f"after iteration {verdict.save}:" not in verdict.message:
-        verdict.faults.append(f"the message does not say that iteration {verdict.save} is the one to go on from")
-    try:
-        found = recognise(folder / "save")
-        for tensor in read_weights(folder / "save").values():
-            if not tensor.isfinite().all():
-                raise ValueError("a weight is not finite")
-        state = json.loads((found.weights.parent / "state.json").read_text())
-        if state["iteration"] != verdict.save:
-            raise ValueError(f"state.json is of iteration {state['iteration']}")
-        verdict.faults += [f"save {verdict.save}: {text}" for text in _differences(folder, reference, verdict.save)]
-    except (ValueError, OSError, KeyError) as error:
-        verdict.faults.append(f"save {verdict.save} does not load: {error}")
+    saves = [int(path.name.removeprefix("iter_")) for path in sorted((folder / "save").glob("iter_*"))]
+    if verdict.save not in (0, *saves):
+        verdict.faults.append(f"{ITERATION_FILE} names iteration {verdict.save}, there are {saves}")
+    # A run that was killed between its first save and the text file has a save that nothing names yet.
+    last = verdict.save or max(saves, default=0)
+    words = f"after iteration {last}:" if last else "from the beginning"
+    if verdict.message and words not in verdict.message:
+        verdict.faults.append(f"the message does not say {words!r}")
+    for iteration in saves:
+        try:
+            verdict.faults += [f"save {iteration}: {text}" for text in _unlike_reference(folder, reference, iteration)]
+        except (ValueError, OSError, KeyError) as error:
+            verdict.faults.append(f"save {iteration} does not load: {error}")
+
+
+def _unlike_reference(folder: Path, reference: Reference, iteration: int) -> list[str]:
+    save = folder / "save" / f"iter_{iteration:07d}"
+    state = json.loads((save / "state.json").read_text())
+    if state["iteration"] != iteration:
+        raise ValueError(f"state.json is of iteration {state['iteration']}")
+    for name, tensor in read_weights(save).items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return _differences(folder, reference, iteration)
 
 
 def _resume(verdict: Verdict, config: Path) -> None:
@@ -193,6 +203,6 @@ def _metric_differences(folder: Path, reference: Reference) -> list[str]:
         name
         for mine, other in zip(own, theirs, strict=True)
         for name in mine.keys() | other.keys()
-        if mine.get(name) != other.get(name) and not any(part in name for part in _MACHINE_DEPENDENT)
+        if mine.get(name) != other.get(name) and not any(part in name for part in _MAY_DIFFER)
     })  # fmt: skip
     return [f"{len(unequal)} metrics differ, such as {unequal[:3]}"] if unequal else []

@@ -1,10 +1,22 @@
 """Four iterations straight equal two, a stop, and two more: both algorithms, one device and two."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.continuation import check_same, continuation_plan, dapo_with_refill, grpo_with_kl, picture_rows, stopped_and_resumed, straight
+from mindspeed_mm_rl.sinks import read_records
+from mindspeed_mm_rl.trainer import build
+from tests.continuation import (
+    check_same,
+    continuation_plan,
+    dapo_with_refill,
+    grpo_with_kl,
+    picture_rows,
+    saved_tensors,
+    stopped_and_resumed,
+    straight,
+)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2], ids=["one_device", "two_devices"])
@@ -22,3 +34,21 @@ def test_a_stop_changes_nothing(tiny_vl: Path, tmp_path: Path, algorithm, num_de
     }
     assert kinds[algorithm](), "the run was to use what its name says"
     assert len({record["actor/lr"] for record in one.records}) == 4
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tiny_vl: Path, tmp_path: Path) -> None:
+    """One device, then two: the same prompts as on one device all along, and the same weights but for the order of sums."""
+    rows = picture_rows(tmp_path / "train.parquet")
+    one = dapo_with_refill(continuation_plan(tiny_vl, rows, tmp_path / "one", 1))
+    other = dapo_with_refill(continuation_plan(tiny_vl, rows, tmp_path / "other", 1))
+    one, other = (replace(plan, run=replace(plan.run, train_iters=2, save_interval=1)) for plan in (one, other))
+    build.run(one)
+    build.run(replace(other, run=replace(other.run, train_iters=1)))
+    build.run(replace(other, run=replace(other.run, num_devices=2)))
+    left, right = (saved_tensors(Path(plan.run.save) / "iter_0000002" / "actor") for plan in (one, other))
+    for name, tensor in left.items():
+        if name.startswith("model."):
+            # Adam's step is lr * sign(gradient) at first: where a gradient is about 0, the sign is noise.
+            assert ((right[name] - tensor).abs() <= 2e-5).float().mean() > 0.99, name
+    records = [read_records(Path(plan.run.output) / "metrics.jsonl") for plan in (one, other)]
+    assert records[0][1]["train/num_gen_batches"] == records[1][1]["train/num_gen_batches"]

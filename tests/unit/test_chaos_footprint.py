@@ -15,6 +15,7 @@ import pytest
 from tests.chaos.moments import DRIVER, PHASES, VICTIMS, plan_kills
 from tests.chaos.processes import MARKER, Footprint, shared_memory_names, wait_until_clean
 from tests.chaos.scene import TRAIN_ITERS
+from tests.chaos.stepping import led_while
 
 READY = "\nprint('ready', flush=True)\nimport sys\nsys.stdin.read()\n"
 
@@ -84,6 +85,15 @@ def test_a_new_name_in_shared_memory_is_found(footprint):
             assert footprint.left() == []
     finally:
         path.unlink()
+
+
+def test_a_moment_between_two_system_calls_is_not_missed(tmp_path):
+    long, short = tmp_path / "long", tmp_path / "short"
+    code = f"import os, time\ntime.sleep(0.2)\nopen({str(long)!r}, 'w').close()\nos.rename({str(long)!r}, {str(short)!r})"
+    command = [sys.executable, "-S", "-c", f"{code}\nos.unlink({str(short)!r})"]
+    with subprocess.Popen(command) as process, led_while(process.pid, lambda: not short.exists()):
+        assert [path.name for path in tmp_path.iterdir()] == ["short"]
+    assert process.returncode == 0 and not short.exists()
 
 
 def test_the_first_kills_differ_and_all_pairs_come():

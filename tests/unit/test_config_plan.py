@@ -155,7 +155,7 @@ BROKEN_RULES = [
     (["rl_config.overlong_buffer_enable=true"], r"overlong_buffer \(0\) must be > 0"),
     (["rl_config.clip_higher_enable=true", "rl_config.clip_ratio_low=0.3"], r"clip_ratio_low \(0.3\) must be <= rl_config.clip_ratio_high"),
     (["actor_config.tensor_model_parallel_size=2"], r"num_npus \(1\) must be a multiple of .*2 x 1 x 1 = 2"),
-    (["actor_config.sequence_parallel=true"], "needs tensor_model_parallel_size > 1"),
+    (["actor_config.sequence_parallel=true"], "needs actor_config.tensor_model_parallel_size > 1, which is 1"),
     (["rl_config.runtime_env_path=nowhere.yaml"], "rl_config.runtime_env_path: nowhere.yaml doesn't exist"),
 ]
 

@@ -1,10 +1,12 @@
 import json
 import math
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mindspeed_mm_rl.report import render_table, report_columns, write_report
 from mindspeed_mm_rl.sinks import JsonlSink, console_line, open_metric_log, read_records
+from tests.disks import small_disk
 
 
 def write(path, steps, resume_from=0):
@@ -41,6 +43,18 @@ def test_nan_is_null(tmp_path):
     sink.write(1, {"actor/kl_loss": math.nan, "actor/entropy": 1.5})
     sink.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"iteration": 1, "actor/kl_loss": None, "actor/entropy": 1.5}
+
+
+def test_a_full_disk_is_named_and_leaves_whole_lines(tmp_path):
+    with small_disk(tmp_path / "disk", 8192) as disk:
+        path = disk / "metrics.jsonl"
+        sink = JsonlSink(path)
+        with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+            for step in range(1, 1000):
+                sink.write(step, {"dapo/score/mean": step / 10})
+        sink.close()
+        assert [record["iteration"] for record in read_records(path)] == list(range(1, step))
+        assert path.read_text().endswith("}\n")
 
 
 def test_samples_that_could_not_be_graded_are_on_the_console():

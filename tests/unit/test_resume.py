@@ -53,7 +53,7 @@ def test_auto_continues_what_the_text_file_names(plan: Plan) -> None:
     assert (start.save, start.iteration) == (saves.path_of(4), 4)
     assert start.plan.train.load == str(saves.path_of(4) / "actor")
     assert start.notes == (f"continuing {saves.path_of(4)} after iteration 4",)
-    saves.point_at(2)
+    saves.begin_at(saves.path_of(2), 2)
     assert start_of(plan).iteration == 2
 
 
@@ -93,14 +93,15 @@ def test_the_known_way_continues_what_load_names(plan: Plan, tmp_path: Path) -> 
     loaded = make_saves(changed(plan, save=str(tmp_path / "loaded")), 2, 4)
     old = changed(plan, load=str(loaded.root))
     assert start_of(old).save == loaded.path_of(4)
-    loaded.point_at(2)
+    loaded.begin_at(loaded.path_of(2), 2)
     assert start_of(old).save == loaded.path_of(2)
     assert start_of(changed(old, save="")).save == loaded.path_of(2)
     new = start_of(changed(old, finetune=True))
     assert (new.save, new.iteration) == (None, 0)
     shorten = next((loaded.path_of(2) / "actor").glob("*.distcp"))
     shorten.write_bytes(shorten.read_bytes()[:-8])
-    assert "actor_config.load: " in refused(old) and "bytes" in refused(old)
+    for how in (old, changed(old, finetune=True), changed(old, finetune=True, resume="off")):
+        assert "actor_config.load: " in refused(how) and "bytes" in refused(how)
     own = make_saves(plan, 5)
     assert start_of(old).save == own.path_of(5)
 

@@ -36,6 +36,10 @@ def fault(text, *rest):
             [bytearray(1 << 24) for _ in itertools.count()]
         case "recurses":
             fault(text)
+        case "scores_nan":
+            return type(grade(text, *rest))({"geo3k": float("nan"), "acc": 0.0, "format": 0.0}, 0.0)
+        case "scores_text":
+            return type(grade(text, *rest))({"geo3k": b"1", "acc": 0.0, "format": 0.0}, 0.0)
         case "is_killed":
             os.kill(os.getpid(), signal.SIGKILL)
     return grade(text, *rest)
@@ -67,8 +71,8 @@ def grade(pool: RewardPool, texts: list[str]) -> tuple[list[float], int, int]:
 
 def test_a_crash_is_the_lowest_score_of_its_sample_alone(faulty):
     with pool_of() as pool:
-        faults = ["raises", "recurses", "aborts", "exits", "segfaults", "eats", "is_killed"]
-        assert grade(pool, [GOOD, *faults, "\\boxed{55}"]) == ([1.0] + [0.0] * 7 + [0.9], 0, 7)
+        faults = ["raises", "recurses", "scores_nan", "scores_text", "aborts", "exits", "segfaults", "eats", "is_killed"]
+        assert grade(pool, [GOOD, *faults, "\\boxed{55}"]) == ([1.0] + [0.0] * 9 + [0.9], 0, 9)
         assert grade(pool, [GOOD]) == ([1.0], 0, 0)
 
 

@@ -3,6 +3,8 @@
 import json
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,55 @@ def test_a_replaced_save_is_never_gone(saves: SaveFolder) -> None:
     saves.mend()
     assert names(saves) == ["iter_0000004", "iter_0000006", TRACKER]
     assert saves.newest_whole() == (saves.path_of(6), [])
+
+
+def test_a_replacement_that_is_stopped_half_way_is_undone(saves: SaveFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, rename = names(saves), Path.rename
+
+    def stopped(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial") and target.name == "iter_0000006":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", stopped)
+        write_save(saves, 6, written=60)
+    saves.mend()
+    assert names(saves) == before
+    assert saves.newest_whole() == (saves.path_of(6), []) and check_whole(saves.path_of(6))["written"] == 6
+
+
+def test_where_a_run_begins_is_where_it_begins_again(saves: SaveFolder, tmp_path: Path) -> None:
+    saves.begin_at(saves.path_of(2), 2)
+    assert saves.newest_whole() == (saves.path_of(2), [])
+    saves.begin_at(None, 0)
+    assert saves.newest_whole() == (None, [])
+    new = SaveFolder(tmp_path / "new")
+    new.root.mkdir()
+    new.begin_at(None, 0)
+    assert names(new) == []
+    new.begin_at(saves.path_of(4), 4)
+    assert new.newest_whole() == (new.path_of(4), []) and new.path_of(4).resolve() == saves.path_of(4)
+    new.begin_at(saves.path_of(4), 4)
+    write_save(new, 5)
+    new.remove_old(1)
+    assert names(new) == ["iter_0000005", TRACKER]
+    check_whole(saves.path_of(4))
+    write_save(new, 6)
+    with pytest.raises(ValueError, match="which holds another iter_0000006: give actor_config.save a folder of its own"):
+        new.begin_at(saves.path_of(6), 6)
+
+
+def test_one_run_at_a_time(saves: SaveFolder) -> None:
+    hold = "import sys; from pathlib import Path; from mindspeed_mm_rl.trainer.save_folder import SaveFolder\n"
+    hold += "with SaveFolder(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold, str(saves.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another run is working with .*/save; wait until it is over"), saves.held():
+            pass
+        other.kill()
+    with saves.held():
+        saves.mend()
 
 
 def test_a_folder_that_is_not_there_has_no_saves(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from mindspeed_mm_rl.trainer.resume import Start, start_of
 from mindspeed_mm_rl.trainer.save_folder import TRACKER, SaveFolder, check_whole
 from mindspeed_mm_rl.trainer.state import RunState, save_bytes, size_text
 from tests.data_files import row, write_rows
+from tests.disks import small_disk
 from tests.plans import optimizer_plan, train_plan, whole_plan
 
 
@@ -116,18 +115,6 @@ def test_sizes_as_text() -> None:
     assert [size_text(number) for number in (0, 3000, 5 << 19, 3 << 29)] == ["0 KiB", "3 KiB", "2.5 MiB", "1.5 GiB"]
 
 
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a small file system is needed, and mounting is not permitted here: {made.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def check_only_the_first_is_there(saves: SaveFolder, plan: Plan) -> None:
     assert sorted(path.name for path in saves.root.iterdir()) == ["iter_0000001", TRACKER]
     assert (saves.root / TRACKER).read_text() == "1\n"
@@ -161,4 +148,5 @@ def test_a_disk_that_became_read_only(plan: Plan, tiny_text: Path, tmp_path: Pat
         with pytest.raises(RuntimeError) as error:
             save(plan, trainer, 2)
         assert str(error.value) == f"iteration 2 could not be saved: {disk / 'save'} is on a read-only file system; make it writable"
+        SaveFolder(disk / "save").mend()
         check_only_the_first_is_there(SaveFolder(disk / "save"), plan)

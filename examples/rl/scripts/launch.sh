@@ -8,6 +8,8 @@
 #   SOCKET_IFNAME   network interface between the machines (chosen by the libraries)
 #   DEFAULT_YAML    name below examples/rl/configs, or a file
 #   WAIT_SECONDS    how long machines wait for each other (600)
+#   MAX_RESTARTS    how often a run that failed is brought back from its newest save (0); never after an error of the user's (exit
+#                   code 2), Ctrl-C or SIGTERM
 #   RAY_AUTH_MODE   token: machines that join hold the same token (`ray get-auth-token --generate` on one, then copy ~/.ray/auth_token);
 #                   disabled: anyone who reaches MASTER_ADDR can run code on the machines, so only on a network of your own
 
@@ -18,6 +20,7 @@ RAY_PORT=6766
 
 launch() {
     NNODES="${NNODES:-1}" NPUS_PER_NODE="${NPUS_PER_NODE:-8}" MASTER_ADDR="${MASTER_ADDR:-localhost}" WAIT_SECONDS="${WAIT_SECONDS:-600}"
+    MAX_RESTARTS="${MAX_RESTARTS:-0}"
     if [[ $# -gt 0 && "$1" != *=* && "$1" != -* ]]; then
         DEFAULT_YAML="$1"
         shift
@@ -25,6 +28,7 @@ launch() {
     check_number NNODES 1
     check_number NPUS_PER_NODE 0
     check_number WAIT_SECONDS 1
+    check_number MAX_RESTARTS 0
     use_environment
     preload_jemalloc
     if [[ "$NNODES" == 1 ]]; then
@@ -75,13 +79,51 @@ preload_jemalloc() {
 }
 
 train() {
-    local config="$DEFAULT_YAML"
+    local config="$DEFAULT_YAML" command restarts=0 status
     if [[ ! -f "$config" ]]; then config="$REPOSITORY/examples/rl/configs/${DEFAULT_YAML%.yaml}.yaml"; fi
     if command -v mm-rl >/dev/null; then
-        mm-rl train --config "$config" "$@"
+        command=(mm-rl)
     else
-        PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}" python -m mindspeed_mm_rl.cli.main train --config "$config" "$@"
+        export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+        command=(python -m mindspeed_mm_rl.cli.main)
     fi
+    command+=(train --config "$config" "$@")
+    STOPPED=0
+    while true; do
+        status=0
+        passing_signals_on "${command[@]}" || status=$?
+        # Told to stop while Python was still starting, it ends with some other code.
+        if ((STOPPED && status)); then return "$STOPPED"; fi
+        if [[ "$status" =~ ^(0|2|129|130|143)$ ]]; then return "$status"; fi
+        if ((restarts >= MAX_RESTARTS)); then
+            if ((restarts > 0)); then echo "the run failed again, exit code $status: MAX_RESTARTS=$MAX_RESTARTS is used up" >&2; fi
+            return "$status"
+        fi
+        restarts=$((restarts + 1))
+        echo "restart $restarts of $MAX_RESTARTS after exit code $status: the run goes on from its newest save" >&2
+        # The last one counts.
+        if ((restarts == 1)); then command+=(rl_config.resume=auto); fi
+    done
+}
+
+# Runs a command; what the script is told (Ctrl-C, SIGTERM, SIGHUP) reaches it at once. With the command in the foreground bash would
+# first wait for its end. In a process group of its own the command doesn't get the terminal's Ctrl-C a second time.
+passing_signals_on() {
+    local status child again=1 name
+    set -m
+    "$@" &
+    child=$!
+    set +m
+    for name in INT TERM HUP; do
+        # shellcheck disable=SC2064  (the id of now)
+        trap "STOPPED=$((128 + $(kill -l "$name"))) again=1; kill -$name $child 2>/dev/null || true" "$name"
+    done
+    while ((again)); do
+        again=0 status=0
+        wait "$child" || status=$?
+    done
+    trap - INT TERM HUP
+    return "$status"
 }
 
 launch_on_several() {

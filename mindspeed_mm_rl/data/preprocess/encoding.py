@@ -25,8 +25,8 @@ _CHUNK = 64
 _CHUNKS_AHEAD = 4
 """Chunks per process that are read before they are asked for."""
 
-_FEW = 4096
-"""Fewer records are done before worker processes have started."""
+_FEW = 16384
+"""Fewer records are done by one process before others would have started."""
 
 Placed = tuple[str, Record]
 

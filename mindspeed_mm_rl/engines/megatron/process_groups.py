@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 
 import torch.distributed as dist
 
@@ -49,7 +50,8 @@ def data_parallel_sum(values: dict[str, float]) -> dict[str, float]:
 
 
 def data_parallel_max(value: float) -> float:
-    return _reduce([value], dist.ReduceOp.MAX)[0]
+    """NaN counts as infinite: gloo's maximum loses a NaN of any rank but the first."""
+    return _reduce([math.inf if math.isnan(value) else value], dist.ReduceOp.MAX)[0]
 
 
 def _reduce(values: list[float], op: dist.ReduceOp) -> list[float]:
