@@ -26,7 +26,8 @@ _PROMPT_KEY, _IMAGE_KEY = "prompt", "images"
 _ADAM_EPS = 1e-8
 _FLOAT32_GAP_BOUND = 0.1
 """In float32 the two engines agree to about 1e-4; a tenth means that one of them computes something else."""
-_MAX_GRADERS = 8
+_LEAST_GRADERS, _MAX_GRADERS = 2, 8
+"""While a response makes one hang, another one goes on."""
 
 
 def make_plan(config: Config) -> Plan:
@@ -216,7 +217,7 @@ def _reward(config: Config, vision: bool) -> RewardPlan:
         overlong_buffer=rl.overlong_buffer if rl.overlong_buffer_enable else 0,
         overlong_penalty_factor=rl.overlong_buffer_penalty_factor,
         max_tokens=config.generate_config.sampling_config.max_tokens,
-        workers=rl.verifier_parallel or min(_MAX_GRADERS, max(1, _cores() // 2)),
+        workers=rl.verifier_parallel or min(_MAX_GRADERS, max(_LEAST_GRADERS, _cores() // 2)),
         timeout_seconds=rl.verifier_timeout,
     )
 

@@ -185,7 +185,7 @@ class RLConfig(Section):
     verifier_weight: tuple[float, ...] | None = None
     """One weight per verifier; null = 1.0 each."""
     verifier_parallel: int | None = Field(None, gt=0)
-    """Processes that grade; null = half of the cores, at most 8."""
+    """Processes that grade; null = half of the cores, 2 to 8."""
     verifier_timeout: float = Field(10.0, gt=0)
     """Seconds for one sample, which takes milliseconds; over it the sample gets the lowest score. Less when samples hang in a row."""
     use_tensorboard: bool = True

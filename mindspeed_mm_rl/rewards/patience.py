@@ -6,7 +6,7 @@ import threading
 
 _LEAST_SECONDS = 1.0
 """Hundreds of times what a sample takes, and room for a busy machine."""
-_SLOWEST_TIMES = 10
+_SLOWEST_TIMES = 3
 """No sample is cut off that takes up to this many times the slowest that was ever graded."""
 _CUT = 4
 _FORGIVEN_AFTER = 1000

@@ -34,7 +34,7 @@ _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 """Exit codes of a worker that something else ended (memory pressure, a person), maybe over an innocent sample: it gets a second chance."""
 _BROKEN_AFTER = 64
 """Samples whose grading raised, without one that was graded in between: then the verifier is broken, not the response."""
-_END_SECONDS = 10.0
+_END_SECONDS = 5.0
 
 _logger = logging.getLogger(__name__)
 
@@ -128,10 +128,10 @@ class _Worker:
                 os.kill(self._grader, signal.SIGKILL)
         self._wait_for_grader()
 
-    def kill(self) -> None:
-        """The keeper; the kernel then ends its grader."""
-        self.process.kill()
-        self.process.wait()
+    def close(self) -> None:
+        """Ends keeper and grader. A keeper that hangs is killed; the kernel then ends its grader."""
+        self.process.terminate()
+        self._exit_code()
         self.pipe.close()
 
     def _wait_for_grader(self) -> None:
@@ -150,7 +150,7 @@ class _Worker:
             raise _WorkerDied(self._exit_code()) from None
 
     def _exit_code(self) -> int:
-        """Of a keeper that has closed its pipe: it ends now, or it is made to."""
+        """Of a keeper that ends now, or is made to."""
         try:
             return self.process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -190,7 +190,7 @@ class _Lane(threading.Thread):
     def close(self) -> None:
         with self.lock:
             self.closed = True
-            self.worker.process.kill()
+            self.worker.process.terminate()
 
     def _announce(self) -> None:
         try:
@@ -253,7 +253,7 @@ class _Lane(threading.Thread):
         self.worker.grade(task.texts[index:], task.answer)
 
     def _replace_worker(self) -> None:
-        self.worker.kill()
+        self.worker.close()
         with self.lock:
             if self.closed:
                 raise RuntimeError("the reward pool was closed while it was grading")
@@ -307,7 +307,7 @@ class RewardPool:
             lane.close()
         for lane in self._lanes:
             lane.join()
-            lane.worker.kill()
+            lane.worker.close()
 
     def __enter__(self) -> RewardPool:
         return self

@@ -26,12 +26,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from mindspeed_mm_rl.rewards.registry import find_verifier, score_names
 from mindspeed_mm_rl.rewards.scoring import score_sample
 
-_MEMORY_BYTES = 1 << 30
+_MEMORY_BYTES = 512 << 20
 """A power tower in a response may ask for all of the machine; grading uses about 0.1 GiB."""
 _OUT_OF_MEMORY = 12
 """Exit code; the pool counts it as a crash."""
@@ -43,12 +44,25 @@ _TOLD_CHARACTERS = 4000
 """A message that fits the pipe's buffer is sent whole or not at all, whenever the grader is killed."""
 
 
+class _Stopped(BaseException):
+    """SIGTERM came: the pool is closed."""
+
+
 def main(descriptor: int) -> None:
+    signal.signal(signal.SIGTERM, _stop)
     with Connection(descriptor) as pipe:
         try:
             _serve(pipe)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return  # The pool is gone.
+        except _Stopped:
+            # The exit code says what happened.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped
 
 
 def _serve(pipe: Connection) -> None:
@@ -67,14 +81,25 @@ def _serve(pipe: Connection) -> None:
         grader = os.fork()
         if not grader:
             _be_grader(pipe, order["verifiers"], order["timeout"])
-        exit_code = os.waitstatus_to_exitcode(os.waitpid(grader, 0)[1])
+        exit_code = _end_of(grader)
         if exit_code == _POOL_GONE:
             return
         _send(pipe, {"died": exit_code})
 
 
+def _end_of(grader: int) -> int:
+    """Its exit code. A grader that outlives its keeper would be nobody's to reap."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(grader, 0)[1])
+    except _Stopped:
+        os.kill(grader, signal.SIGKILL)
+        os.waitpid(grader, 0)
+        raise
+
+
 def _be_grader(pipe: Connection, verifiers: Sequence[str], timeout: float) -> NoReturn:
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _end_with_keeper()
         _send(pipe, {"ready": True, "pid": os.getpid()})
         while True:

@@ -48,7 +48,10 @@ class Ending:
             stop.args = (self._whole(f"{stop}", state, stop.exit_code),)
             raise
         except ValueError as error:
-            raise ValueError(self._whole(str(error), state, _USER_ERROR)) from error
+            whole = self._whole(str(error), state, _USER_ERROR)
+            # Libraries raise it too, and then the place matters.
+            _write_log(Path(state.plan.run.output), error)
+            raise ValueError(whole) from error
         except Exception as error:
             whole = self._whole(cause_of(error), state, _FAILED)
             raise RunFailed(f"{whole}. More in {_write_log(Path(state.plan.run.output), error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from mindspeed_mm_rl.workers.worker import Worker, fetched
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import TCPStore
 
     from mindspeed_mm_rl.config.plan import TrainPlan
     from mindspeed_mm_rl.engines.base import PolicyLoss
@@ -19,10 +21,21 @@ if TYPE_CHECKING:
 class ActorWorker(Worker):
     """One process of the trainer group."""
 
-    def __init__(self, plan: TrainPlan, rank: int, world_size: int, address: str, **engine_options: bool) -> None:
-        self.plan, self.rank, self.world_size, self.address, self.engine_options = plan, rank, world_size, address, engine_options
+    def __init__(self, plan: TrainPlan, rank: int, world_size: int, **engine_options: bool) -> None:
+        self.plan, self.rank, self.world_size, self.engine_options = plan, rank, world_size, engine_options
+        self.store: TCPStore | None = None
 
-    def start(self) -> int:
+    def meeting_point(self) -> tuple[str, int]:
+        """Rank 0's: where the group meets. It listens from now on, for a port that is only found free may be taken the next moment."""
+        import ray
+        from torch.distributed import TCPStore
+
+        host = ray.util.get_node_ip_address()
+        timeout = datetime.timedelta(seconds=self.plan.timeout_seconds)
+        self.store = TCPStore(host, 0, self.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        return host, self.store.port
+
+    def start(self, meeting_point: tuple[str, int]) -> int:
         """Builds the engine; returns the number of trainable parameters."""
         # Imported here: the platform must adapt megatron before it is first imported.
         from mindspeed_mm_rl.platforms import device
@@ -36,7 +49,8 @@ class ActorWorker(Worker):
         from mindspeed_mm_rl.engines.megatron import process_groups
         from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
 
-        process_groups.initialize(plan, self.rank, self.world_size, self.address)
+        host, port = meeting_point
+        process_groups.initialize(plan, self.rank, self.world_size, f"{host}:{port}", self.store)
         self.engine = MegatronTrainEngine(plan, **self.engine_options)
         return sum(p.numel() for p in self.engine.policy.parameters() if p.requires_grad)
 

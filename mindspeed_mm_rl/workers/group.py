@@ -29,18 +29,18 @@ class ActorGroup:
 
     def __init__(self, slots: placement.Slots, plan: Plan, with_reference: bool) -> None:
         """Starts the processes and does not wait for them; `ready` does."""
-        address = placement.free_address()
         self.slots, self.timeout = slots, plan.run.timeout_seconds
         variables = dict(plan.runtime_env) | {"OMP_NUM_THREADS": str(plan.train.threads)}
         self.workers = [
             placement.spawn(
-                slots, ActorWorker, rank, variables, plan=plan.train, rank=rank, world_size=slots.count, address=address,
+                slots, ActorWorker, rank, variables, plan=plan.train, rank=rank, world_size=slots.count,
                 with_reference=with_reference, entropy_bonus=plan.recipe.entropy_coeff != 0, publish_vision=not plan.rollout.image_embeds,
             )
             for rank in range(slots.count)
         ]  # fmt: skip
         self._greetings = [worker.alive.remote() for worker in self.workers]
-        self._started = [worker.start.remote() for worker in self.workers]
+        meeting_point = self.workers[0].meeting_point.remote()
+        self._started = [worker.start.remote(meeting_point) for worker in self.workers]
         self.members: list[Member] = []
         self._pulse = Pulse([])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,9 +106,3 @@ def _introduced(member: Member, pid: int, node: str, slots: Slots) -> Member:
     if node != slots.node:
         return Member(member.role, member.number, member.actor, pid, node)
     return Member(member.role, member.number, member.actor, pid, node, f"{slots.session_folder}/logs", processes.memory_kills())
-
-
-def free_address() -> str:
-    """host:port for the trainer's process group, on the node of the caller."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"127.0.0.1:{server.getsockname()[1]}"

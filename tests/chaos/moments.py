@@ -20,6 +20,8 @@ from tests.chaos.stepping import led_while
 
 DRIVER, ACTOR, ROLLOUT, REWARD = "driver", "actor", "rollout", "reward"
 VICTIMS = (DRIVER, ACTOR, ROLLOUT, REWARD)
+LAST_ITERATION = TRAIN_ITERS // 2
+"""That a kill is planned for: those after it are further occasions for one that was missed."""
 _TITLES = {"ray::ActorWorker": ACTOR, "ray::RolloutWorker": ROLLOUT}
 _REWARD_WORKER = "mindspeed_mm_rl.rewards.worker"
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -120,7 +122,7 @@ class Kill:
     iteration: int
 
 
-def plan_kills(count: int, seed: int, settings: tuple[str, ...], last_iteration: int) -> list[Kill]:
+def plan_kills(count: int, seed: int, settings: tuple[str, ...]) -> list[Kill]:
     """All pairs of victim and phase in random order, then again, so that the first few differ in both; the rest of a kill is drawn."""
     rng = random.Random(seed)
     kills: list[Kill] = []
@@ -129,7 +131,7 @@ def plan_kills(count: int, seed: int, settings: tuple[str, ...], last_iteration:
         rng.shuffle(pairs)
         for victim, phase in pairs:
             setting = settings[len(kills) % len(settings)]
-            kills.append(Kill(setting, victim, phase, rng.randint(phase.first_iteration, last_iteration)))
+            kills.append(Kill(setting, victim, phase, rng.randint(phase.first_iteration, LAST_ITERATION)))
     return kills[:count]
 
 

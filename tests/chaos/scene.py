@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-TRAIN_ITERS = 4
+TRAIN_ITERS = 6
 _ROWS = 24
 
 

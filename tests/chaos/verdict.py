@@ -114,9 +114,12 @@ def _check_message(verdict: Verdict, when: float, message: str) -> None:
 
 
 def check_left(verdict: Verdict, run: TrainRun) -> None:
+    footprint = run.footprint
+    if not (footprint.known and footprint.sockets and footprint.memory_files):
+        raise RuntimeError(f"a run has processes, ports and a memory file; seen were {footprint}")
     waited_already = 0.0 if verdict.exit_code is not None else CLEAN_SECONDS
     # A minute after the end of the run, not after the kill: a run that survives goes on.
-    verdict.clean_seconds, left = wait_until_clean(run.footprint, CLEAN_SECONDS - waited_already)
+    verdict.clean_seconds, left = wait_until_clean(footprint, CLEAN_SECONDS - waited_already)
     verdict.faults += [f"left behind: {thing}" for thing in left]
 
 

@@ -1,6 +1,6 @@
 """Short form of the chaos test; `bash scripts/test.sh chaos` is the long one.
 
-A run loses its trainer, is resumed, loses its driver in the middle of a save, is resumed, loses a reward process and a rollout replica,
+A run loses its trainer, is resumed, loses its driver in the middle of a save, is resumed, loses a rollout replica and a reward process,
 and ends with the weights of a run that lost nothing.
 """
 
@@ -22,7 +22,7 @@ PHASE = {phase.name: phase for phase in PHASES}
 KILLS = (
     (Kill(SETTING, ACTOR, PHASE["update"], 2),),
     (Kill(SETTING, DRIVER, PHASE["save: before the tracker"], 2),),
-    (Kill(SETTING, REWARD, PHASE["rewards"], 3), Kill(SETTING, ROLLOUT, PHASE["collect"], 3)),
+    (Kill(SETTING, ROLLOUT, PHASE["collect"], 2), Kill(SETTING, REWARD, PHASE["rewards"], 3)),
 )
 """Those of each run, one run continuing the other."""
 

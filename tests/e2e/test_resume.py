@@ -19,6 +19,9 @@ from tests.continuation import (
     watching,
 )
 
+# Three runs each, with Ray, the trainer and the rollout engine started anew.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.mark.parametrize(("algorithm", "num_devices"), [(grpo_with_kl, 1), (dapo_with_refill, 2)], ids=["grpo_with_kl", "dapo_two_devices"])
 def test_a_stop_changes_nothing(tiny_vl: Path, tmp_path: Path, algorithm, num_devices: int) -> None:

@@ -18,6 +18,9 @@ from tests.continuation import (
     straight,
 )
 
+# Three runs each, with Ray, the trainer and the rollout engine started anew.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.mark.parametrize("num_devices", [1, 2], ids=["one_device", "two_devices"])
 @pytest.mark.parametrize("algorithm", [grpo_with_kl, dapo_with_refill], ids=["grpo_with_kl", "dapo_with_refill"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from mindspeed_mm_rl.workers.placement import free_address
+from tests.addresses import free_address
 from tests.parallel.update_ranks import SETTINGS, run
 
 
@@ -17,7 +17,7 @@ from tests.parallel.update_ranks import SETTINGS, run
 def test_two_ranks_compute_the_gradient_of_one(groups: int, tiny_vl: Path, tmp_path: Path) -> None:
     for world in (1, 2):
         torch.multiprocessing.spawn(run, args=(world, tiny_vl, free_address(), tmp_path, groups), nprocs=world)
-    one, two = (torch.load(tmp_path / f"{groups}_{world}.pt") for world in (1, 2))
+    one, two = (torch.load(tmp_path / f"{groups}_{world}.pt", weights_only=True) for world in (1, 2))
     for name in SETTINGS:
         (gradients, metrics), (split_gradients, split_metrics) = one[name], two[name]
         assert all(gradient.norm() > 0 for gradient in gradients.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.multiprocessing
 
-from mindspeed_mm_rl.workers.placement import free_address
+from tests.addresses import free_address
 from tests.parallel.gap_ranks import run
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.moments import DRIVER, PHASES, VICTIMS, plan_kills
+from tests.chaos.moments import DRIVER, LAST_ITERATION, PHASES, VICTIMS, plan_kills
 from tests.chaos.processes import MARKER, Footprint, shared_memory_names, wait_until_clean
-from tests.chaos.scene import TRAIN_ITERS
 from tests.chaos.stepping import led_while
 
 READY = "\nprint('ready', flush=True)\nimport sys\nsys.stdin.read()\n"
@@ -97,8 +96,8 @@ def test_a_moment_between_two_system_calls_is_not_missed(tmp_path):
 
 
 def test_the_first_kills_differ_and_all_pairs_come():
-    kills = plan_kills(len(VICTIMS) * len(PHASES), 0, ("dapo", "grpo"), TRAIN_ITERS - 1)
+    kills = plan_kills(len(VICTIMS) * len(PHASES), 0, ("dapo", "grpo"))
     assert {(kill.victim, kill.phase.name) for kill in kills} == {(victim, phase.name) for victim in VICTIMS for phase in PHASES}
-    assert kills == plan_kills(len(kills), 0, ("dapo", "grpo"), TRAIN_ITERS - 1) != plan_kills(len(kills), 1, ("dapo", "grpo"), 3)
-    assert all(kill.phase.first_iteration <= kill.iteration < TRAIN_ITERS for kill in kills)
+    assert kills == plan_kills(len(kills), 0, ("dapo", "grpo")) != plan_kills(len(kills), 1, ("dapo", "grpo"))
+    assert all(kill.phase.first_iteration <= kill.iteration <= LAST_ITERATION for kill in kills)
     assert {kill.victim for kill in kills if kill.setting == "grpo"} == set(VICTIMS) and DRIVER in VICTIMS

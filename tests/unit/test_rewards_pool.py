@@ -69,9 +69,25 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(pool):
     futures = [pool.submit(p, [GOOD] * 8, [1] * 8, "55") for p in range(100)]
     for pid in before:
         os.kill(pid, signal.SIGKILL)
-    groups = [future.result(timeout=30) for future in futures]
+    # Whoever has not noticed by now does so here.
+    futures += [pool.submit(p, [GOOD] * 8, [1] * 8, "55") for p in range(100, 200)]
+    groups = [future.result(timeout=60) for future in futures]
     assert all(group.rewards == [1.0] * 8 and group.crashes == 0 for group in groups)
     assert not set(before) & set(pids(pool))
+
+
+def test_a_grader_ends_with_its_keeper():
+    with RewardPool(settings(timeout_seconds=60.0)) as pool:
+        pool.wait_ready()
+        worker = pool._lanes[0].worker
+        grader = worker._grader
+        pool.submit(0, [ENDLESS], [1], "55")
+        time.sleep(0.2)
+        os.kill(worker.process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20.0
+        while is_running(grader):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_endless_grading_is_killed_counted_and_wrong_alone():
@@ -102,11 +118,12 @@ def test_close_leaves_no_process_even_of_an_endless_grading():
     running = pool.submit(0, [ENDLESS], [1], "55")
     waiting = pool.submit(1, [GOOD], [1], "55")
     time.sleep(0.2)
-    (pid,) = pids(pool)
+    worker = pool._lanes[0].worker
     pool.close()
     pool.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    for pid in (worker.process.pid, worker._grader):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
     with pytest.raises(RuntimeError, match="closed while it was grading"):
         running.result(timeout=5)
     assert waiting.cancelled()
@@ -119,7 +136,7 @@ def test_not_even_an_endless_grading_outlives_a_killed_driver():
         "import sys; from mindspeed_mm_rl.rewards.pool import RewardPool; from mindspeed_mm_rl.rewards.scoring import RewardSettings;"
         "pool = RewardPool(RewardSettings(('geo3k',), (1.0,), 0, 1.0, 2048, 2, 0.5)); pool.wait_ready();"
         f"pool._lanes[0].worker.grade([{ENDLESS!r}], '55');"
-        "print(*[lane.worker.process.pid for lane in pool._lanes], flush=True); sys.stdin.read()"
+        "print(*[pid for lane in pool._lanes for pid in (lane.worker.process.pid, lane.worker._grader)], flush=True); sys.stdin.read()"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), text=True)
     workers = [int(pid) for pid in driver.stdout.readline().split()]

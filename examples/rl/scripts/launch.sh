@@ -14,6 +14,8 @@
 #                   disabled: anyone who reaches MASTER_ADDR can run code on the machines, so only on a network of your own
 
 set -euo pipefail
+# New files are 640 and folders 750, those of Ray too; a stricter umask stays.
+umask "$(printf '%04o' $((0$(umask) | 0027)))"
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)"
 RAY_PORT=6766

@@ -11,8 +11,8 @@ from mindspeed_mm_rl.config.plan import TrainPlan
 from mindspeed_mm_rl.platforms import device
 
 
-def initialize(plan: TrainPlan, rank: int, world_size: int, address: str) -> None:
-    """Joins the trainer's world at `address` (host:port) and builds megatron's groups.
+def initialize(plan: TrainPlan, rank: int, world_size: int, address: str, store: dist.Store | None = None) -> None:
+    """Joins the trainer's world at `address` (host:port) and builds megatron's groups. store: where this rank listens there already.
 
     The bound is given twice: megatron's own groups ignore the one of init_process_group.
     """
@@ -21,7 +21,7 @@ def initialize(plan: TrainPlan, rank: int, world_size: int, address: str) -> Non
 
     dist.init_process_group(
         device.collective_backend(),
-        init_method=f"tcp://{address}",
+        **({"store": store} if store else {"init_method": f"tcp://{address}"}),
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=plan.timeout_seconds),
