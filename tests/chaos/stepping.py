@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-_ATTACH, _DETACH, _SYSCALL, _SETOPTIONS = 16, 17, 24, 0x4200
+_CONTINUE, _ATTACH, _DETACH, _SYSCALL, _SETOPTIONS = 7, 16, 17, 24, 0x4200
 _MARK_SYSTEM_CALLS = 1
 _SYSTEM_CALL = signal.SIGTRAP | 0x80
 _ANY_THREAD = 0x40000000
@@ -30,14 +30,20 @@ def _wait_for_stop(pid: int) -> int:
     return os.WSTOPSIG(status)
 
 
+def _attach(pid: int) -> None:
+    _ask(_ATTACH, pid)
+    # A process that has just been started may stop for that first. Its own stop is not to be left pending: it would come after the end.
+    while _wait_for_stop(pid) != signal.SIGSTOP:
+        _ask(_CONTINUE, pid)
+
+
 @contextmanager
 def led_while(pid: int, goes_on: Callable[[], bool]) -> Iterator[None]:
     """Inside the block the main thread of `pid` stands where `goes_on` had first been false; afterwards it goes its way again.
 
     Until then nobody else may wait for the process: they would be told of its stops.
     """
-    _ask(_ATTACH, pid)
-    _wait_for_stop(pid)
+    _attach(pid)
     try:
         _ask(_SETOPTIONS, pid, _MARK_SYSTEM_CALLS)
         delivered = 0

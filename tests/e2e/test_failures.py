@@ -14,7 +14,7 @@ import pytest
 from mindspeed_mm_rl.sinks import read_records
 from tests.chaos.processes import Process, read_process
 from tests.chaos.run import TrainRun
-from tests.chaos.scene import make_scene, write_config
+from tests.chaos.scene import TRAIN_ITERS, make_scene, write_config
 
 ACTOR, ROLLOUT = "ray::ActorWorker", "ray::RolloutWorker"
 _START_SECONDS, _END_SECONDS = 240.0, 60.0
@@ -97,7 +97,7 @@ def test_a_trainer_rank_that_dies_ends_the_run_with_one_sentence(scene: Path, tm
         pid = send_during(run, ACTOR, "update", signal.SIGKILL)
         code, last = ended(run)
     assert code == 1
-    expected = rf"error: trainer rank \d \(pid {pid} on .*\) died in update: killed by signal 9 \(SIGKILL\).*; it was iteration 2 of 4\. "
+    expected = rf"error: trainer rank \d \(pid {pid} on .*\) died in update: killed by signal 9 \(SIGKILL\).*; it was iteration 2 of {TRAIN_ITERS}\. "
     assert re.match(expected + goes_on_from(run, 1), last), last
     assert console(run).count("killed by") == 1
     assert f"pid {pid}" in (tmp_path / "logs" / "failures.log").read_text()
@@ -111,7 +111,7 @@ def test_a_stopped_trainer_rank_is_named_when_the_bound_is_over(scene: Path, tmp
     silent = (
         rf"no answer within 8 s \(rl_config\.timeout_seconds\) from trainer rank \d \(pid {pid} on [^;]*\), which is stopped \(SIGSTOP\)"
     )
-    assert re.match(rf"error: update waits in vain: {silent}, with samples \d+, .*; it was iteration 2 of 4\. ", last), last
+    assert re.match(rf"error: update waits in vain: {silent}, with samples \d+, .*; it was iteration 2 of {TRAIN_ITERS}\. ", last), last
     assert re.search(goes_on_from(run, 1), last)
 
 
@@ -121,7 +121,9 @@ def test_sigterm_ends_the_run_with_143(scene: Path, tmp_path: Path) -> None:
         os.kill(run.driver.pid, signal.SIGTERM)
         code, last = ended(run)
     assert code == 143
-    assert re.match(r"stopped by SIGTERM; it was iteration \d of 4\. (To go on after iteration \d|There is no save)", last), last
+    assert re.match(rf"stopped by SIGTERM; it was iteration \d of {TRAIN_ITERS}\. (To go on after iteration \d|There is no save)", last), (
+        last
+    )
     assert "Traceback" not in console(run)
 
 
