@@ -28,12 +28,15 @@ class ActorWorker(Worker):
     def meeting_point(self) -> tuple[str, int]:
         """Rank 0's: where the group meets. It listens from now on, for a port that is only found free may be taken the next moment."""
         import ray
+
+        self.store = self._meet(ray.util.get_node_ip_address(), 0, is_master=True)
+        return self.store.host, self.store.port
+
+    def _meet(self, host: str, port: int, is_master: bool) -> TCPStore:
         from torch.distributed import TCPStore
 
-        host = ray.util.get_node_ip_address()
         timeout = datetime.timedelta(seconds=self.plan.timeout_seconds)
-        self.store = TCPStore(host, 0, self.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-        return host, self.store.port
+        return TCPStore(host, port, self.world_size, is_master, timeout=timeout, wait_for_workers=False)
 
     def start(self, meeting_point: tuple[str, int]) -> int:
         """Builds the engine; returns the number of trainable parameters."""
@@ -49,8 +52,9 @@ class ActorWorker(Worker):
         from mindspeed_mm_rl.engines.megatron import process_groups
         from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
 
-        host, port = meeting_point
-        process_groups.initialize(plan, self.rank, self.world_size, f"{host}:{port}", self.store)
+        # All ranks with a store: it names its keys otherwise than an address does, and they would wait for each other.
+        self.store = self.store or self._meet(*meeting_point, is_master=False)
+        process_groups.initialize(plan, self.rank, self.world_size, self.store)
         self.engine = MegatronTrainEngine(plan, **self.engine_options)
         return sum(p.numel() for p in self.engine.policy.parameters() if p.requires_grad)
 

@@ -97,7 +97,7 @@ def write_config(scene: Path, setting: str, folder: Path, keep_last: int) -> Pat
             "overlong_buffer_enable": True,
             "overlong_buffer": 44,
             "verifier_parallel": 1,
-            "timeout_seconds": 45,
+            "timeout_seconds": 300,
         },
         "generate_config": {
             "limit_mm_image_per_prompt": 3,

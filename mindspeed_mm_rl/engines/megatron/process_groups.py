@@ -11,8 +11,8 @@ from mindspeed_mm_rl.config.plan import TrainPlan
 from mindspeed_mm_rl.platforms import device
 
 
-def initialize(plan: TrainPlan, rank: int, world_size: int, address: str, store: dist.Store | None = None) -> None:
-    """Joins the trainer's world at `address` (host:port) and builds megatron's groups. store: where this rank listens there already.
+def initialize(plan: TrainPlan, rank: int, world_size: int, meeting: str | dist.Store) -> None:
+    """Joins the trainer's world and builds megatron's groups. meeting: host:port for all ranks, or a store for all.
 
     The bound is given twice: megatron's own groups ignore the one of init_process_group.
     """
@@ -21,7 +21,7 @@ def initialize(plan: TrainPlan, rank: int, world_size: int, address: str, store:
 
     dist.init_process_group(
         device.collective_backend(),
-        **({"store": store} if store else {"init_method": f"tcp://{address}"}),
+        **({"init_method": f"tcp://{meeting}"} if isinstance(meeting, str) else {"store": meeting}),
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=plan.timeout_seconds),
