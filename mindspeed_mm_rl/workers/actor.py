@@ -44,7 +44,6 @@ class ActorWorker(Worker):
         from mindspeed_mm_rl.platforms import device
 
         plan = self.plan
-
         device.set_threads(plan.threads)
         if plan.deterministic:
             device.make_deterministic()

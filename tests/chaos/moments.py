@@ -26,7 +26,7 @@ _TITLES = {"ray::ActorWorker": ACTOR, "ray::RolloutWorker": ROLLOUT}
 _REWARD_WORKER = "mindspeed_mm_rl.rewards.worker"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _POLL_SECONDS, _FOLLOW_SECONDS = 0.0005, 0.002
-_START_SECONDS = 240.0
+_START_SECONDS, _START_POLL_SECONDS = 240.0, 0.5
 
 
 def role_of(process: Process, driver: int) -> str | None:
@@ -46,7 +46,7 @@ class Watch:
 
     def find(self) -> None:
         self.pids = {}
-        for process in self.run.footprint.look():
+        for process in self.run.footprint.processes():
             role = role_of(process, self.run.driver.pid)
             if role is not None:
                 self.pids.setdefault(role, []).append(process.pid)
@@ -196,7 +196,7 @@ def wait_whole(watch: Watch) -> None:
             return
         if time.monotonic() > end:
             raise TimeoutError(f"the run has not started all of {VICTIMS} within {_START_SECONDS:.0f} s: {watch.pids}")
-        time.sleep(0.05)
+        time.sleep(_START_POLL_SECONDS)
 
 
 def usual_lengths(run: TrainRun) -> dict[str, float]:

@@ -96,17 +96,21 @@ class Footprint:
     memory_files: set[int] = field(default_factory=set)
     """Inodes of memfds."""
 
-    def look(self) -> list[Process]:
-        """Takes stock; returns the processes that are alive. Call it while the run is still whole, and again later."""
+    def processes(self) -> list[Process]:
+        """Those that are alive; they are known from now on."""
         everyone = all_processes()
         ours = {process.pid for process in everyone if process.key in self.known or _has_marker(process.pid, self.marker)}
         while more := {process.pid for process in everyone if process.parent in ours} - ours:
             ours |= more
         # A zombie holds nothing but its number, until whoever adopted it asks.
         alive = [process for process in everyone if process.pid in ours and process.state != "Z"]
-        ports = listening()
+        self.known |= {process.key: process for process in alive}
+        return alive
+
+    def look(self) -> list[Process]:
+        """Takes stock of what they hold, too. Call it while the run is still whole."""
+        alive, ports = self.processes(), listening()
         for process in alive:
-            self.known[process.key] = process
             self._take_stock(process.pid, ports)
         return alive
 
@@ -148,7 +152,7 @@ class Footprint:
 
     def end(self) -> None:
         """Kills what is left of this run, so that the next one has the machine to itself."""
-        for process in self.look():
+        for process in self.processes():
             send(process.pid, signal.SIGKILL)
 
 
