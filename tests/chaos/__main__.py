@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -47,12 +49,12 @@ def run_kill(scene: Path, reference: Reference, kill: Kill, folder: Path, seed: 
     return verdict
 
 
-def chaos(folder: Path, kills: list[Kill], seed: int, report: Path) -> bool:
+def chaos(folder: Path, kills: list[tuple[int, Kill]], seed: int, report: Path) -> bool:
     """True when every kill went as it must. The folders of those that did not are kept."""
     scene = make_scene(folder / "scene")
-    references = {name: make_reference(scene, name, folder / name) for name in sorted({kill.setting for kill in kills})}
+    references = {name: make_reference(scene, name, folder / name) for name in sorted({kill.setting for _, kill in kills})}
     rows, verdicts = [], []
-    for number, kill in enumerate(kills, start=1):
+    for number, kill in kills:
         place = folder / f"kill_{number:02d}"
         verdict = run_kill(scene, references[kill.setting], kill, place, seed + number)
         rows.append(row(number, verdict))
@@ -72,10 +74,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=4 * 10, help="how many; all pairs of victim and phase are 40")
     parser.add_argument("--seed", type=int, default=0, help="draws order, iteration, moment within the phase, and rank")
+    parser.add_argument("--first", type=int, default=1, help="number of the first one that is done, to go on where an earlier call ended")
     parser.add_argument("--setting", choices=sorted(SETTINGS), action="append", help="only these (both)")
     parser.add_argument("--report", type=Path, default=Path("logs/chaos.txt"), help="file of the table")
     arguments = parser.parse_args()
-    kills = plan_kills(arguments.kills, arguments.seed, tuple(arguments.setting or sorted(SETTINGS)))
+    # What is under way is to be taken down then, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    numbered = list(enumerate(plan_kills(arguments.kills, arguments.seed, tuple(arguments.setting or sorted(SETTINGS))), start=1))
+    kills = numbered[arguments.first - 1 :]
     folder, began = Path(tempfile.mkdtemp(prefix="chaos_")), time.monotonic()
     good = chaos(folder, kills, arguments.seed, arguments.report)
     print(f"{len(kills)} kills in {time.monotonic() - began:.0f} s: {'all as they must be' if good else 'NOT as they must be'}")
