@@ -87,7 +87,7 @@ main() {
     say "checking that the engines import"
     OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR "$VENV/bin/python" -W ignore - <<'PYTHON'
 import mindspeed_mm_rl  # noqa: F401  first: it makes torchvision importable beside a CPU torch
-import datasets, jsonargparse, math_verify, mathruler.grader, matplotlib, megatron.core, omegaconf, pebble, qwen_vl_utils, ray, tensorboard, torch
+import datasets, jsonargparse, math_verify, mathruler.grader, matplotlib, megatron.core, omegaconf, ray, tensorboard, torch
 import torchvision, transformers, typer, vllm
 
 print(f"[install] torch {torch.__version__}, vllm {vllm.__version__}, megatron-core {megatron.core.__version__}, ray {ray.__version__},",
