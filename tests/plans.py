@@ -103,6 +103,12 @@ def recipe_plan(**changes: Any) -> RecipePlan:
         filter_metric="score",
         filter_max_batches=4,
         train_prompts=4,
+        loss_length=0,
+        use_kl_in_reward=False,
+        gamma=1.0,
+        lam=0.95,
+        advantage_whiten=True,
+        cliprange_value=0.5,
     )
     return replace(plan, **changes)
 

@@ -148,17 +148,11 @@ class Recipe:
     """True: the batch must have them before the advantages, even when a run is on-policy."""
     needs_entropy_grad: bool
     """True: LossInput.entropy must carry a gradient."""
-    kl_coef: float
-    """At the start of the run."""
     needs_critic: bool = False
     value_loss: ValueLoss | None = None
     """What is sent to the critic's engine."""
     group_filter: Callable[[Group], bool] | None = None
     """True = train on this group; None = on all."""
-
-    def advantages(self, batch: Batch) -> Ragged:
-        """With the KL coefficient that the run started with."""
-        return self.with_advantages(batch, self.kl_coef).advantages
 
 
 def make_recipe(settings: RecipeSettings) -> Recipe:
@@ -186,7 +180,6 @@ def make_recipe(settings: RecipeSettings) -> Recipe:
         needs_reference=settings.kl_coef != 0.0,
         needs_old_logprobs=kl_in_reward,
         needs_entropy_grad=settings.entropy_coeff != 0.0,
-        kl_coef=settings.kl_coef,
         needs_critic=algorithm.needs_critic,
         value_loss=partial(clipped_value_loss, settings=ValueLossSettings(settings.cliprange_value)) if algorithm.needs_critic else None,
         group_filter=partial(has_spread, metric=metric_name(settings.filter_metric)) if settings.filter_groups else None,

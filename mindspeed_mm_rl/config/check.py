@@ -8,6 +8,7 @@ from typing import Any
 from mindspeed_mm_rl.config.model_file import text_config
 from mindspeed_mm_rl.config.plan import Plan, RolloutPlan
 from mindspeed_mm_rl.config.schema import Config
+from mindspeed_mm_rl.config.stages import STAGES
 
 _REQUIRED = ("stage", "global_batch_size", "train_iters", "tokenizer_name_or_path", "data_path")
 _LOWEST_TEMPERATURE = 0.01
@@ -33,12 +34,11 @@ def _required(config: Config) -> None:
 
 def _stage(config: Config) -> None:
     stage = config.actor_config.stage
-    if stage not in ("ray_grpo", "ray_dapo"):
-        raise ValueError(f"megatron_training.stage: {stage} isn't offered in this version; choose ray_grpo or ray_dapo")
-    if config.rl_config.adv_estimator != "group_norm":
-        raise ValueError(
-            f"rl_config.adv_estimator: {config.rl_config.adv_estimator} needs stage ray_ppo, but stage is {stage}; set it to group_norm"
-        )
+    if stage not in STAGES:
+        raise ValueError(f"megatron_training.stage: {stage} isn't offered in this version; choose one of {', '.join(STAGES)}")
+    given, own = config.rl_config.adv_estimator, "gae" if STAGES[stage].has_critic else "group_norm"
+    if given not in (None, own):
+        raise ValueError(f"rl_config.adv_estimator ({given}) must be {own} for megatron_training.stage {stage}; set it or remove it")
 
 
 def _lengths(config: Config) -> None:
@@ -72,11 +72,10 @@ def _sampling(config: Config) -> None:
 
 
 def _groups(config: Config) -> None:
-    if config.rl_config.n_samples_per_prompt < 2:
-        raise ValueError(
-            f"rl_config.n_samples_per_prompt ({config.rl_config.n_samples_per_prompt}) must be >= 2: "
-            "adv_estimator group_norm compares the samples of a prompt; raise it"
-        )
+    rl, stage = config.rl_config, config.actor_config.stage
+    if rl.n_samples_per_prompt < 2 and (rl.filter_groups_enable or STAGES[stage].compares_samples):
+        reason = "filter_groups_enable drops groups without differences" if rl.filter_groups_enable else f"{stage} compares samples"
+        raise ValueError(f"rl_config.n_samples_per_prompt ({rl.n_samples_per_prompt}) must be >= 2: {reason} of a prompt; raise it")
 
 
 def _batches(config: Config) -> None:

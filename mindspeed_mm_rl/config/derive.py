@@ -20,6 +20,7 @@ from mindspeed_mm_rl.config.plan import (
     TrainPlan,
 )
 from mindspeed_mm_rl.config.schema import Config
+from mindspeed_mm_rl.config.stages import STAGES, with_stage_defaults
 from mindspeed_mm_rl.platforms import device
 
 _PROMPT_KEY, _IMAGE_KEY = "prompt", "images"
@@ -35,6 +36,7 @@ def make_plan(config: Config) -> Plan:
 
     Raises ValueError with one sentence.
     """
+    config = with_stage_defaults(config)
     check(config)
     hf_path = _absolute(config.actor_config.tokenizer_name_or_path)
     hf = read_hf_config(hf_path)
@@ -223,14 +225,14 @@ def _reward(config: Config, vision: bool) -> RewardPlan:
 
 
 def _recipe(config: Config) -> RecipePlan:
-    rl, dapo = config.rl_config, config.actor_config.stage == "ray_dapo"
+    rl, algorithm = config.rl_config, STAGES[config.actor_config.stage].algorithm
     return RecipePlan(
-        algorithm="dapo" if dapo else "grpo",
+        algorithm=algorithm,
         clip_ratio_low=rl.clip_ratio_low if rl.clip_higher_enable else rl.clip_ratio,
         clip_ratio_high=rl.clip_ratio_high if rl.clip_higher_enable else rl.clip_ratio,
         token_level_loss=rl.token_level_loss,
         kl_penalty=rl.kl_penalty,
-        kl_coef=0.0 if dapo else rl.init_kl_coef,
+        kl_coef=0.0 if algorithm == "dapo" else rl.init_kl_coef,
         kl_ctrl_type=rl.kl_ctrl_type,
         kl_target=rl.kl_target,
         kl_horizon=rl.kl_horizon,
@@ -240,6 +242,12 @@ def _recipe(config: Config) -> RecipePlan:
         filter_metric=rl.filter_groups_metric,
         filter_max_batches=rl.filter_groups_max_batches,
         train_prompts=train_prompts(config),
+        loss_length=config.generate_config.sampling_config.max_tokens if algorithm == "dr_grpo" else 0,
+        use_kl_in_reward=rl.use_kl_in_reward,
+        gamma=rl.gamma,
+        lam=rl.lam,
+        advantage_whiten=rl.advantage_whiten,
+        cliprange_value=rl.cliprange_value,
     )
 
 

@@ -57,7 +57,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "a frozen vision encoder runs once per picture and iteration, in the actor, and everyone shares its output": "reuse_image_embeds "
         "colocate_actor_and_vit",
         "the model's config.json says it": "is_multimodal",
-        "group-normalised advantages don't use it": "gamma lam advantage_whiten beta cliprange_value use_kl_in_reward tp_split_expert",
+        "no algorithm here uses it": "beta tp_split_expert",
         "multi_turn_enable isn't offered in this version": "tool_config_path max_tool_calls max_parallel_calls max_total_response_length "
         "max_tool_response_length tool_response_truncate_side tool_parser_format",
         "use_wandb and use_swanlab aren't offered in this version": "wandb_project wandb_exp_name wandb_save_dir swanlab_mode "

@@ -134,7 +134,7 @@ class RewardPlan:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    algorithm: Literal["grpo", "dapo"]
+    algorithm: Literal["grpo", "dapo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gspo", "cispo", "ppo"]
     clip_ratio_low: float
     clip_ratio_high: float
     token_level_loss: bool
@@ -154,6 +154,13 @@ class RecipePlan:
     """Generation batches per iteration; <= 0 = no limit."""
     train_prompts: int
     """Prompts that one iteration trains on."""
+    loss_length: int
+    """Dr. GRPO divides each response's sum by it; 0 = by numbers of tokens."""
+    use_kl_in_reward: bool
+    gamma: float
+    lam: float
+    advantage_whiten: bool
+    cliprange_value: float
 
 
 @dataclass(frozen=True)

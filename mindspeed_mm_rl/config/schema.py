@@ -22,8 +22,22 @@ class Section(BaseModel):
 class MegatronConfig(Section):
     """`megatron_training`; `actor_config` has the same keys and overrides them for the actor."""
 
-    stage: Literal["ray_grpo", "ray_dapo", "ray_ppo", "dpo"] | None = None
-    """The algorithm. This version runs ray_grpo and ray_dapo."""
+    stage: (
+        Literal[
+            "ray_grpo",
+            "ray_dapo",
+            "ray_ppo",
+            "ray_dr_grpo",
+            "ray_rloo",
+            "ray_reinforce_plus_plus",
+            "ray_reinforce_plus_plus_baseline",
+            "ray_gspo",
+            "ray_cispo",
+            "dpo",
+        ]
+        | None
+    ) = None
+    """The algorithm. Some have other defaults than those below; the printed plan names them."""
     global_batch_size: int | None = Field(None, gt=0)
     """Prompts drawn at a time; without dynamic sampling, also the prompts that an iteration trains on."""
     train_iters: int | None = Field(None, gt=0)
@@ -123,7 +137,7 @@ class RLConfig(Section):
     output: str | None = None
     """Folder of metrics.jsonl, tensorboard, table and picture; null = logs/<name of the YAML>."""
     n_samples_per_prompt: int = Field(1, gt=0)
-    """Responses per prompt; advantages are normalised over them, so at least 2."""
+    """Responses per prompt; at least 2 where they are compared, as in every stage but ray_ppo and ray_reinforce_plus_plus."""
     mini_batch_size: int | None = Field(None, gt=0)
     """Prompts per optimizer step; null = all of the iteration (on-policy)."""
     epochs: int = Field(1, gt=0)
@@ -136,13 +150,21 @@ class RLConfig(Section):
     """true: micro_batch_size is not used, max_packing_token_size alone bounds a micro-batch."""
     max_packing_token_size: int = Field(4096, gt=0)
     """Tokens of one packed micro-batch (of [forward, update] the second)."""
-    adv_estimator: Literal["group_norm", "gae"] = "group_norm"
-    """How advantages are computed. This version: group_norm."""
+    adv_estimator: Literal["group_norm", "gae"] | None = None
+    """What the stage says: gae for ray_ppo, group_norm for all others."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per token of ray_ppo and ray_reinforce_plus_plus."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """Lambda of ray_ppo's generalised advantage estimate (arXiv 1506.02438)."""
+    advantage_whiten: bool = True
+    """ray_ppo: advantages are normalised over the tokens of the iteration."""
+    cliprange_value: float = Field(0.5, gt=0)
+    """ray_ppo: a value may leave the one at the rollout by this much before its loss stops pulling."""
     clip_ratio: float = Field(0.2, gt=0, lt=1)
     """Clip of the probability ratio on both sides, unless clip_higher_enable."""
     clip_higher_enable: bool = False
     """true: clip_ratio_low and clip_ratio_high instead of clip_ratio (arXiv 2503.14476, section 3.1)."""
-    clip_ratio_low: float = Field(0.1, gt=0, lt=1)
+    clip_ratio_low: float = Field(0.1, gt=0, le=1)
     """Ratio is clipped below 1 - this."""
     clip_ratio_high: float = Field(0.1, gt=0)
     """Ratio is clipped above 1 + this."""
@@ -151,7 +173,9 @@ class RLConfig(Section):
     entropy_coeff: float = Field(0.0, ge=0)
     """Weight of the entropy bonus; 0 = none."""
     kl_penalty: Literal["kl", "abs", "mse", "low_var_kl"] = "low_var_kl"
-    """Estimate of KL(policy, reference) in the loss of ray_grpo."""
+    """Estimate of KL(policy, reference)."""
+    use_kl_in_reward: bool = False
+    """true: the KL term is taken off the reward of each token, not put into the loss; ray_rloo and ray_reinforce_plus_plus always do."""
     init_kl_coef: float = Field(0.01, ge=0)
     """Weight of the KL term; 0 = no reference model. ray_dapo has no KL term."""
     kl_ctrl_type: Literal["fixed", "adaptive"] = "fixed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -53,11 +53,11 @@ class RLTrainer:
             if self.recipe.needs_reference:
                 with clock.measure("reference_model"):
                     batch = batch.with_column("ref_logprobs", self.actor.ref_logprobs(batch, images))
-            if not self.plan.run.on_policy:
+            if self.recipe.needs_old_logprobs or not self.plan.run.on_policy:
                 with clock.measure("old_log_p"):
                     batch = batch.with_column("old_logprobs", self.actor.logprobs(batch, images))
             with clock.measure("adv"):
-                batch = replace(batch, advantages=self.recipe.advantages(batch))
+                batch = self.recipe.with_advantages(batch, self.kl.coef)
             policy_loss = self.recipe.policy_loss(self.kl.coef)
             with clock.measure("update"):
                 for mini in tqdm(

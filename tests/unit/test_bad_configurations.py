@@ -63,8 +63,10 @@ KEYS = {
         "generate_config.gpu_memory_utilization: 1.5 isn't allowed; it must be less than or equal to 1"
     ),
     # One of several words.
-    "megatron_training.stage=ray_gpro": (
-        "megatron_training.stage: 'ray_gpro' isn't allowed; choose ray_grpo, ray_dapo, ray_ppo, dpo (did you mean ray_grpo?)"
+    "megatron_training.stage=ray_grop": (
+        "megatron_training.stage: 'ray_grop' isn't allowed; choose "
+        "ray_grpo, ray_dapo, ray_ppo, ray_dr_grpo, ray_rloo, ray_reinforce_plus_plus, "
+        "ray_reinforce_plus_plus_baseline, ray_gspo, ray_cispo, dpo (did you mean ray_grpo?)"
     ),
     "actor_config.lr_decay_style=cosin": (
         "actor_config.lr_decay_style: 'cosin' isn't allowed; choose constant, linear, cosine (did you mean cosine?)"
@@ -80,7 +82,7 @@ KEYS = {
 
 RULES = {
     "rl_config.n_samples_per_prompt=1": (
-        "rl_config.n_samples_per_prompt (1) must be >= 2: adv_estimator group_norm compares the samples of a prompt; raise it"
+        "rl_config.n_samples_per_prompt (1) must be >= 2: ray_dapo compares samples of a prompt; raise it"
     ),
     "rl_config.mini_batch_size=5": (
         "rl_config.mini_batch_size (5 prompts) must be <= megatron_training.global_batch_size (4 prompts); lower it"
@@ -126,7 +128,9 @@ RULES = {
         "rl_config.overlong_buffer (8) must be > 0 and < generate_config.sampling_config.max_tokens (8) when overlong_buffer_enable is "
         "true; change it or set overlong_buffer_enable to false"
     ),
-    "rl_config.adv_estimator=gae": "rl_config.adv_estimator: gae needs stage ray_ppo, but stage is ray_dapo; set it to group_norm",
+    "rl_config.adv_estimator=gae": (
+        "rl_config.adv_estimator (gae) must be group_norm for megatron_training.stage ray_dapo; set it or remove it"
+    ),
     "actor_config.tensor_model_parallel_size=2": (
         "rl_config.actor_resource.num_npus (1) must be a multiple of tensor x pipeline x context parallel sizes (2 x 1 x 1 = 2); change "
         "num_npus or one of the sizes"
@@ -138,7 +142,11 @@ RULES = {
 }
 
 NOT_OFFERED = {
-    "megatron_training.stage=ray_ppo": "megatron_training.stage: ray_ppo isn't offered in this version; choose ray_grpo or ray_dapo",
+    "megatron_training.stage=dpo": (
+        "megatron_training.stage: dpo isn't offered in this version; choose one of "
+        "ray_grpo, ray_dapo, ray_ppo, ray_dr_grpo, ray_rloo, ray_reinforce_plus_plus, "
+        "ray_reinforce_plus_plus_baseline, ray_gspo, ray_cispo"
+    ),
     "generate_config.sampling_config.top_k=50": (
         "generate_config.sampling_config.top_k: 50 isn't offered in this version; set it to -1: the loss needs the distribution that was "
         "sampled from, whole"

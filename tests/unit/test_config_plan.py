@@ -88,6 +88,27 @@ def test_grpo_is_dapo_with_equal_clips_and_a_reference(tmp_path):
     assert (recipe.algorithm, recipe.clip_ratio_low, recipe.clip_ratio_high, recipe.kl_coef) == ("grpo", 0.2, 0.2, 0.01)
 
 
+def test_a_stage_has_the_defaults_of_its_paper_and_says_so(tmp_path):
+    plan = plan_of(tmp_path, "megatron_training.stage=ray_gspo")
+    assert (plan.recipe.algorithm, plan.recipe.clip_ratio_low, plan.recipe.clip_ratio_high, plan.recipe.kl_coef) == (
+        "gspo",
+        3e-4,
+        4e-4,
+        0.0,
+    )
+    assert any("clip_ratio_high: 0.0004" in note and "ray_gspo" in note for note in plan.notes)
+    own = plan_of(tmp_path, "megatron_training.stage=ray_gspo", "rl_config.clip_ratio=0.1", "rl_config.init_kl_coef=0.5").recipe
+    assert (own.clip_ratio_low, own.clip_ratio_high, own.kl_coef) == (0.1, 0.1, 0.5)
+    assert plan_of(tmp_path, "megatron_training.stage=ray_dr_grpo").recipe.loss_length == 2048
+    assert plan_of(tmp_path, "megatron_training.stage=ray_reinforce_plus_plus_baseline").recipe.kl_penalty == "mse"
+
+
+@pytest.mark.parametrize("stage", ["ray_ppo", "ray_reinforce_plus_plus"])
+def test_one_sample_per_prompt_is_enough_where_samples_are_not_compared(tmp_path, stage):
+    plan = plan_of(tmp_path, f"megatron_training.stage={stage}", "rl_config.n_samples_per_prompt=1")
+    assert plan.run.samples_per_prompt == 1
+
+
 def test_dapo_says_that_it_has_no_kl_term(tmp_path):
     plan = plan_of(tmp_path, "rl_config.init_kl_coef=0.05")
     assert plan.recipe.kl_coef == 0.0
@@ -137,8 +158,13 @@ def test_text_and_pictures_have_their_own_default_reward(tmp_path):
 
 BROKEN_RULES = [
     (["megatron_training.train_iters=null"], "megatron_training.train_iters is missing"),
-    (["megatron_training.stage=ray_ppo"], "stage: ray_ppo isn't offered"),
-    (["rl_config.adv_estimator=gae"], "gae needs stage ray_ppo"),
+    (["megatron_training.stage=dpo"], "stage: dpo isn't offered"),
+    (["rl_config.adv_estimator=gae"], r"adv_estimator \(gae\) must be group_norm for megatron_training.stage ray_dapo"),
+    (["megatron_training.stage=ray_ppo", "rl_config.adv_estimator=group_norm"], r"\(group_norm\) must be gae"),
+    (
+        ["megatron_training.stage=ray_reinforce_plus_plus", "rl_config.n_samples_per_prompt=1", "rl_config.filter_groups_enable=true"],
+        "filter_groups_enable drops groups without differences of a prompt",
+    ),
     (["generate_config.max_model_len=2559"], r"max_model_len \(2559\) must be >= .*\(512\) \+ .*\(2048\) = 2560"),
     (["rl_config.n_samples_per_prompt=1"], r"n_samples_per_prompt \(1\) must be >= 2"),
     (["rl_config.mini_batch_size=65"], r"\(65 prompts\) must be <= megatron_training.global_batch_size \(64"),
