@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from checkpoint.layouts import check_target, copy_side_files, new_folder, write_mm, write_safetensors
+from checkpoint.layouts import check_target, copy_side_files, new_folder, write_config, write_mm, write_safetensors
 from checkpoint.options import HfToMmOptions, MmToHfOptions, check_layout
-from mindspeed_mm_rl.models.names import PARTS, Part, entries
+from mindspeed_mm_rl.models.names import PARTS, Part, entries, has_value_head, with_value_head
 from mindspeed_mm_rl.models.weight_files import FolderKind, check_weights, open_weights, read_config
 from mindspeed_mm_rl.models.weight_layout import iterate_megatron, to_hf
 
@@ -25,7 +25,7 @@ def hf_to_mm(cfg: HfToMmOptions) -> None:
     Raises ValueError, before anything is written, when layout, weights and config.json do not agree.
     """
     source, target = Path(cfg.hf_config.hf_dir).expanduser(), Path(cfg.mm_dir).expanduser()
-    config = read_config(source)
+    config = _read_config(source, cfg.orm)
     check_layout(cfg.parallel_config, cfg.common_model_config, config, cfg.hf_config.hf_dir)
     parts = _VISION_PARTS if cfg.save_vit_only else PARTS
     if cfg.save_vit_only and "vision_config" not in config:
@@ -46,7 +46,11 @@ def mm_to_hf(cfg: MmToHfOptions) -> None:
     Raises ValueError, before anything is written, when layout, weights and config.json do not agree.
     """
     source, target, hf_dir = (Path(name).expanduser() for name in (cfg.mm_dir, cfg.save_hf_dir, cfg.hf_config.hf_dir))
-    config = read_config(hf_dir)
+    config = _read_config(hf_dir, cfg.orm)
+    if has_value_head(config) and "vision_config" in config:
+        raise ValueError(
+            f"Hugging Face has no sequence classification class for {config['model_type']}: a critic of it stays as it was saved"
+        )
     check_layout(cfg.parallel_config, cfg.common_model_config, config, cfg.hf_config.hf_dir)
     check_target(target)
     found = check_weights(source, config)
@@ -55,7 +59,14 @@ def mm_to_hf(cfg: MmToHfOptions) -> None:
     with new_folder(target) as folder:
         write_safetensors(folder, _with_progress(tensors, _count(config, PARTS, "hf"), "mm_to_hf"))
         copy_side_files(hf_dir, folder)
+        if cfg.orm:
+            write_config(folder, config)
     print(f"wrote {target} from {found.weights} ({found.kind})")
+
+
+def _read_config(folder: Path, orm: bool) -> dict[str, Any]:
+    config = read_config(folder)
+    return with_value_head(config) if orm else config
 
 
 def _expect(kinds: tuple[FolderKind, ...], found: FolderKind, folder: Path, rule: str) -> None:

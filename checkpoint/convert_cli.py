@@ -1,4 +1,4 @@
-"""mm-convert [Qwen2_5_VLConverter] hf_to_mm|mm_to_hf --cfg....   (also: python checkpoint/convert_cli.py ...)"""
+"""mm-convert [Qwen2_5_VLConverter] hf_to_mm|mm_to_hf [--orm] --cfg....   (also: python checkpoint/convert_cli.py ...)"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one sentence on standard error and nothing left on disk."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        auto_cli(COMMANDS, args=_without_converter(given), as_positional=False, prog="mm-convert")
+        auto_cli(COMMANDS, args=_spelled_out(_without_converter(given)), as_positional=False, prog="mm-convert")
     except (ValueError, OSError) as error:
         print(f"mm-convert: {error}", file=sys.stderr)
         return 2
@@ -41,6 +41,11 @@ def _without_converter(arguments: list[str]) -> list[str]:
     if arguments and arguments[0] in _KNOWN_ELSEWHERE:
         raise ValueError(f"{arguments[0]} is not offered at tp 1, pp 1, where nothing is split; the commands are {', '.join(COMMANDS)}")
     return arguments
+
+
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """--orm alone is how MindSpeed-LLM's converter takes it."""
+    return ["--cfg.orm=true" if argument == "--orm" else argument for argument in arguments]
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ class HfToMmOptions:
     hf_config: HfConfig
     parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
+    orm: bool = False
+    """The model is a critic or a reward model: score.weight [1, hidden] becomes the output layer. --orm for short; needs no setting where
+    config.json names a ForSequenceClassification class."""
     save_vit_only: bool = False
     """Only the vision encoder and its projector."""
     trust_remote_code: bool = False
@@ -72,6 +75,8 @@ class MmToHfOptions:
     hf_config: HfConfig
     parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
+    orm: bool = False
+    """Write a sequence classification model: of a training save its critic, of the MindSpeed-MM layout what hf_to_mm --orm wrote."""
     trust_remote_code: bool = False
     """Needs no setting: no code of the model folder is ever run."""
 

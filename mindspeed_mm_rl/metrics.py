@@ -17,11 +17,13 @@ Interval = tuple[float, float]
 
 PHASES = (
     "all", "update", "rollout", "old_log_p", "reference_model", "resharding_to_infer", "resharding_to_train", "adv", "rule_reward",
-    "reward_model", "ref_onload", "ref_offload", "kl", "onload", "offload", "image_embeds",
+    "reward_model", "ref_onload", "ref_offload", "kl", "onload", "offload", "image_embeds", "critic_model", "update_critic",
 )  # fmt: skip
 """Every one has a `timing/<phase>`: 0.0 when it did not run, so that a column never comes and goes."""
 
-SUMMED_PHASES = ("rollout", "old_log_p", "update", "reference_model", "resharding_to_train", "resharding_to_infer")
+SUMMED_PHASES = (
+    "rollout", "old_log_p", "update", "reference_model", "resharding_to_train", "resharding_to_infer", "critic_model", "update_critic",
+)  # fmt: skip
 """timing/all >= the sum of these + the largest timing/non_overlap_*."""
 
 OVERLAPPING_PHASES = ("reference_model", "adv", "rule_reward", "reward_model")

@@ -17,7 +17,7 @@ _CONSOLE_ENDINGS = (
     "actor/lr", "rollout/logprob_gap/max", "train/num_gen_batches", "timing/all", "timing/rollout", "timing/update", "e2e_tps",
 )  # fmt: skip
 """The console line has room for these; metrics.jsonl has everything."""
-_CONSOLE_IF_ANY = ("rewards/timeouts", "rewards/crashes")
+_CONSOLE_IF_ANY = ("rewards/timeouts", "rewards/crashes", "eval/timeouts", "eval/crashes")
 """Counts of samples that could not be graded: shown when there are any."""
 
 
@@ -43,6 +43,7 @@ class ConsoleSink:
 
 def console_line(step: int, train_iters: int, values: Mapping[str, float]) -> str:
     shown = [name for ending in _CONSOLE_ENDINGS for name in values if name == ending or name.endswith(f"/{ending}")]
+    shown += [name for name in values if name.startswith("eval/") and "@" in name]
     fields = [f"{name} : {values[name]:{'.4e' if name.endswith('lr') or 'gap' in name else '.4f'}}" for name in shown]
     fields += [f"{name} : {values[name]:.0f}" for name in _CONSOLE_IF_ANY if values.get(name)]
     return " | ".join([f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration: {step} / {train_iters}", *fields])
@@ -116,7 +117,8 @@ class TensorboardSink:
         # torch's writer stores plain scalars, which every reader of event files knows; tensorboard's own stores tensors.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_from + 1)
+        # Iteration 0 is the evaluation before the first one.
+        self._writer = SummaryWriter(str(folder), purge_step=resume_from + 1 if resume_from else 0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

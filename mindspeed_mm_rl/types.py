@@ -66,12 +66,26 @@ class Prompt:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """A prompt as the rollout engine needs it; sample k of it has the id `prompt_id * num_samples + k`."""
+    """A prompt as the rollout engine needs it; sample k of n has the id `prompt_id * n + k`."""
 
     prompt_id: int
     token_ids: list[int]
     image_keys: tuple[str, ...]
     expanded_length: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the responses to a stream of requests are drawn. Example: Sampling(8) trains, Sampling(4, 0.6, "eval", False) evaluates."""
+
+    num_samples: int
+    """Per prompt."""
+    temperature: float | None = None
+    """None: that of the trained policy; 0.0: greedy, the most probable token."""
+    stream: str = ""
+    """Part of every sample's seed, so that equal ids of two streams have noise of their own; empty for training."""
+    with_logprobs: bool = True
+    """False: Rollout.logprobs stay empty."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,8 @@ class Group:
     """1.0 right, 0.0 wrong, per sample, apart from the score."""
     rewards: list[float]
     """What training uses: the weighted sum with penalties, per sample."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """`function/name` -> other numbers that a user's reward function gave, of those samples that have them."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Four iterations straight, and the same four with a stop after two: everything that must come out the same."""
+"""Some iterations straight, and the same with a stop half way: everything that must come out the same."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.sinks import read_records
 from mindspeed_mm_rl.trainer import build, rl
+from mindspeed_mm_rl.trainer.save_folder import TRACKER
 from mindspeed_mm_rl.types import Batch
 from tests.data_files import png, row, write_rows
 from tests.plans import optimizer_plan, whole_plan
@@ -28,14 +30,14 @@ _NOT_COMPARED_ENDINGS = ("tps",)
 
 @dataclass
 class Result:
-    """What one way through the four iterations left."""
+    """What one way through the iterations left."""
 
     records: list[dict[str, float]]
     batches: list[Batch]
     tensors: dict[str, torch.Tensor]
-    """Of the last save: weights and optimizer state by key."""
+    """Of the last save: weights and optimizer state of actor and critic, by folder and key."""
     common: dict[str, Any]
-    """Of the last save: schedule, random states, the optimizer's settings."""
+    """Of the last save: schedule, random states, the optimizer's settings, by folder."""
     state: dict[str, Any]
 
 
@@ -55,6 +57,18 @@ def dapo_with_refill(plan: Plan) -> Plan:
         plan,
         run=replace(plan.run, prompts_per_generation=6, samples_per_prompt=6),
         recipe=replace(plan.recipe, filter_groups=True, filter_max_batches=-1, train_prompts=4),
+    )
+
+
+def ppo_with_kl(plan: Plan) -> Plan:
+    """A critic with an optimizer of its own, and a KL term in the reward whose coefficient moves."""
+    recipe = replace(plan.recipe, algorithm="ppo", clip_ratio_high=0.2, kl_penalty="kl", use_kl_in_reward=True)
+    optimizer = optimizer_plan(lr=5e-3, lr_decay_style="linear", decay_updates=16, weight_decay=0.01, clip_grad=0.5)
+    return replace(
+        plan,
+        run=replace(plan.run, epochs=2, shuffle_mini_batch=True),
+        recipe=replace(recipe, kl_coef=0.05, kl_ctrl_type="adaptive", kl_target=1e-4, kl_horizon=100.0),
+        critic=replace(plan.train, optimizer=optimizer),
     )
 
 
@@ -108,13 +122,29 @@ def stopped_and_resumed(plan: Plan) -> Result:
     return _result(plan, batches)
 
 
+def resumed_from(plan: Plan, other: Plan, iteration: int, batches: list[Batch]) -> Result:
+    """What a stop of `plan`'s run after that iteration left, copied and gone on with as `other`; one run less than stopping it.
+
+    batches: those of `plan`'s run.
+    """
+    save = f"iter_{iteration:07d}"
+    shutil.copytree(Path(plan.run.save) / save, Path(other.run.save) / save)
+    (Path(other.run.save) / TRACKER).write_text(f"{iteration}\n")
+    shutil.copytree(plan.run.output, other.run.output)
+    with watching() as later:
+        build.run(other)
+    return _result(other, batches[:iteration] + later)
+
+
 def _result(plan: Plan, batches: list[Batch]) -> Result:
-    save = Path(plan.run.save) / f"iter_{ITERATIONS:07d}"
+    save = Path(plan.run.save) / f"iter_{plan.run.train_iters:07d}"
+    networks = [folder.name for folder in sorted(save.iterdir()) if folder.is_dir()]
+    assert networks == ["actor", *(["critic"] if plan.critic else [])]
     return Result(
         records=read_records(Path(plan.run.output) / "metrics.jsonl"),
         batches=batches,
-        tensors=saved_tensors(save / "actor"),
-        common=torch.load(save / "actor" / "common.pt", weights_only=False),
+        tensors={f"{name}/{key}": tensor for name in networks for key, tensor in saved_tensors(save / name).items()},
+        common={name: torch.load(save / name / "common.pt", weights_only=False) for name in networks},
         state=json.loads((save / "state.json").read_text()),
     )
 
@@ -128,13 +158,14 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def check_same(one: Result, other: Result) -> None:
     """Bit for bit, but for what measures time."""
-    assert [record["iteration"] for record in one.records] == [record["iteration"] for record in other.records] == [1, 2, 3, 4]
+    iterations = list(range(1, one.state["iteration"] + 1))
+    assert [record["iteration"] for record in one.records] == [record["iteration"] for record in other.records] == iterations
     for left, right in zip(one.records, other.records, strict=True):
         assert compared(left) == compared(right)
     _check_batches(one.batches, other.batches)
     assert one.tensors.keys() == other.tensors.keys()
     for part in ("model.", "optimizer."):
-        assert any(key.startswith(part) for key in one.tensors), part
+        assert all(any(key.startswith(f"{name}/{part}") for key in one.tensors) for name in one.common), part
     for key, tensor in one.tensors.items():
         assert torch.equal(tensor, other.tensors[key]), key
     _check_nested(one.common, other.common, "common")
@@ -149,7 +180,7 @@ def compared(record: Mapping[str, float]) -> dict[str, float]:
 
 
 def _check_batches(one: list[Batch], other: list[Batch]) -> None:
-    assert len(one) == len(other) == ITERATIONS
+    assert len(one) == len(other) > 0
     for left, right in zip(one, other, strict=True):
         assert left.sample_ids == right.sample_ids and left.image_keys == right.image_keys and left.rewards == right.rewards
         for column in ("prompts", "responses", "rollout_logprobs"):

@@ -11,7 +11,8 @@ import torch.distributed.checkpoint as distributed_checkpoint
 
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.data.loader import PromptLoader
-from mindspeed_mm_rl.models.weight_files import read_config, read_megatron_weights
+from mindspeed_mm_rl.models.value_weights import read_value_weights
+from mindspeed_mm_rl.models.weight_files import CRITIC_FOLDER, read_config, read_megatron_weights
 from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, SaveFolder, write_state
 
 WRITTEN = 1_700_000_000.0
@@ -27,12 +28,15 @@ def contents(plan: Plan, iteration: int, **changes: Any) -> dict[str, Any]:
 
 
 def make_saves(plan: Plan, *iterations: int, **changes: Any) -> SaveFolder:
-    """Whole saves in plan.run.save, with the weights of plan.train.load; `changes` are keys of state.json."""
-    saves = SaveFolder(Path(plan.run.save))
-    weights = read_megatron_weights(plan.train.load, read_config(plan.train.hf_path))
+    """Whole saves in plan.run.save, with the weights of plan.train.load and plan.critic.load; `changes` are keys of state.json."""
+    saves, config = SaveFolder(Path(plan.run.save)), read_config(plan.train.hf_path)
+    weights = {ACTOR_FOLDER: read_megatron_weights(plan.train.load, config)}
+    if plan.critic is not None:
+        weights[CRITIC_FOLDER] = read_value_weights(plan.critic.load, config)
     for iteration in iterations:
-        with saves.new_save(iteration) as folder:
-            write_weights(folder / ACTOR_FOLDER, weights)
+        with saves.new_save(iteration, weights) as folder:
+            for name, tensors in weights.items():
+                write_weights(folder / name, tensors)
             write_state(folder, contents(plan, iteration, **changes))
     return saves
 

@@ -131,6 +131,18 @@ def make_tiny_text(folder: Path | str, seed: int = 0, family: str = "qwen2", rop
     return Path(folder)
 
 
+def make_tiny_classifier(folder: Path, text_model: Path, seed: int = 3) -> Path:
+    """A reward model: a random sequence classifier with one label, of the sizes and with the tokenizer of a tiny text model."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
+    config = transformers.AutoConfig.from_pretrained(text_model, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_tiny_vl(folder: Path | str, seed: int = 0, tokenizer: transformers.PreTrainedTokenizerBase | None = None, **sizes) -> Path:
     """A random Qwen2.5-VL in `folder`, window attention in use; `sizes` are fields of TinySizes."""
     chosen = TinySizes(**sizes)

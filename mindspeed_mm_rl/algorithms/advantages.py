@@ -135,3 +135,14 @@ def whitened(values: Ragged, mask: Ragged) -> Ragged:
     answer = torch.zeros(len(inside))
     answer[inside] = ((shifted - shifted.mean()) / (shifted.var() + _VARIANCE_EPSILON).sqrt()).float()
     return Ragged(answer, values.lengths)
+
+
+def explained_variance(values: Ragged, returns: Ragged, mask: Ragged) -> float:
+    """1 - var(returns - values) / var(returns) over the masked tokens: 1 for a perfect critic, 0 for one that knows only the mean.
+
+    0.0 where all returns are equal: there is nothing to explain.
+    """
+    inside = mask.values > 0
+    expected, found = returns.values[inside].double(), values.values[inside].double()
+    spread = float(expected.var(correction=0))
+    return 1.0 - float((expected - found).var(correction=0)) / spread if spread else 0.0

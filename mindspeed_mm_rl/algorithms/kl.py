@@ -57,6 +57,11 @@ def token_kl(batch: Batch, kind: KLPenalty) -> Ragged:
     return Ragged(torch.where(batch.loss_mask.values > 0, estimate, 0.0), batch.loss_mask.lengths)
 
 
+def mean_token_kl(batch: Batch, kind: KLPenalty) -> float:
+    """Mean of `token_kl` over the tokens inside the loss mask."""
+    return float(token_kl(batch, kind).values.sum() / batch.loss_mask.values.sum())
+
+
 @dataclass
 class KLController:
     """Holds the KL coefficient of a run; with `adaptive` it is steered so that the measured KL stays near `target` nats per token.

@@ -146,6 +146,8 @@ class Recipe:
     needs_reference: bool
     needs_old_logprobs: bool
     """True: the batch must have them before the advantages, even when a run is on-policy."""
+    kl_in_reward: bool
+    """True: the KL term is taken off the rewards and not part of the loss."""
     needs_entropy_grad: bool
     """True: LossInput.entropy must carry a gradient."""
     needs_critic: bool = False
@@ -179,6 +181,7 @@ def make_recipe(settings: RecipeSettings) -> Recipe:
         with_advantages=partial(_credited, algorithm.credit, settings, kl_in_reward),
         needs_reference=settings.kl_coef != 0.0,
         needs_old_logprobs=kl_in_reward,
+        kl_in_reward=kl_in_reward,
         needs_entropy_grad=settings.entropy_coeff != 0.0,
         needs_critic=algorithm.needs_critic,
         value_loss=partial(clipped_value_loss, settings=ValueLossSettings(settings.cliprange_value)) if algorithm.needs_critic else None,

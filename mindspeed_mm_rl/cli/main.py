@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,9 @@ import typer
 from mindspeed_mm_rl.platforms import signals
 
 _USER_ERROR = 2
+_CONFIG = Annotated[Path, typer.Option(help="YAML with the sections megatron_training, actor_config, rl_config, generate_config, eval.")]
+_OVERRIDES = Annotated[list[str] | None, typer.Argument(help="section.key=value, any number of them.", metavar="[a.b=c]...")]
+_DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -24,20 +29,36 @@ def mm_rl() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="YAML with the sections megatron_training, actor_config, rl_config, generate_config.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, any number of them.", metavar="[a.b=c]...")] = None,
+    config: _CONFIG,
+    overrides: _OVERRIDES = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop before training.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: _DEBUG = False,
 ) -> None:
     """Train by GRPO or DAPO.
 
     Exit codes: 2 for what the user has to mend, 1 for a run that could not go on, 130 and 143 after Ctrl-C and SIGTERM.
     """
-    try:
+    with _told(debug):
         # Inside: importing takes seconds, in which somebody may press Ctrl-C.
         from mindspeed_mm_rl.cli.train import train_from
 
         train_from(config, overrides or [], dry_run)
+
+
+@app.command()
+def evaluate(config: _CONFIG, overrides: _OVERRIDES = None, debug: _DEBUG = False) -> None:
+    """Measure the accuracy of actor_config.load on eval.data_path, without training. Exit codes as for train."""
+    with _told(debug):
+        from mindspeed_mm_rl.cli.evaluate import evaluate_from
+
+        evaluate_from(config, overrides or [])
+
+
+@contextmanager
+def _told(debug: bool) -> Iterator[None]:
+    """An error becomes a line on stderr and an exit code."""
+    try:
+        yield
     except (ValueError, RuntimeError, OSError, signals.StoppedBySignal) as error:
         if debug:
             raise

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm_rl.algorithms.filters import check_metric, metric_name
 from mindspeed_mm_rl.config.check import check_offered
-from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.config.plan import DataPlan, Plan
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.models.families import read_architecture
+from mindspeed_mm_rl.models.value_weights import check_value_weights
 from mindspeed_mm_rl.models.weight_files import WeightFolder, check_weights, read_config
-from mindspeed_mm_rl.rewards.registry import check_verifiers, score_names
+from mindspeed_mm_rl.rewards.model import check_folder
+from mindspeed_mm_rl.rewards.pool import check_functions
+from mindspeed_mm_rl.rewards.registry import score_names
+from mindspeed_mm_rl.rewards.scoring import RewardSettings
+from mindspeed_mm_rl.trainer.evaluate import eval_data
 from mindspeed_mm_rl.trainer.resume import Start, start_of
 from mindspeed_mm_rl.trainer.save_folder import SaveFolder
 from mindspeed_mm_rl.trainer.state import free_bytes, save_bytes, size_text
@@ -40,12 +46,26 @@ def preflight(start: Start) -> Iterator[str]:
     if start.plan.run.save:
         yield _space(start.plan)
     yield _data(start)
+    yield from map(_eval_data, eval_data(start.plan))
+
+
+def evaluation_preflight(start: Start) -> Iterator[str]:
+    """As preflight, for a run that only evaluates."""
+    yield _weights(start)
+    yield from map(_eval_data, eval_data(start.plan))
 
 
 def _rewards(plan: Plan) -> None:
-    check_verifiers(plan.reward.verifiers)
-    if plan.recipe.filter_groups:
-        check_metric(metric_name(plan.recipe.filter_metric), score_names(plan.reward.verifiers))
+    settings = RewardSettings(**asdict(plan.reward))
+    for source, rule in settings.rules.items() if plan.recipe.filter_groups else ():
+        try:
+            check_metric(metric_name(plan.recipe.filter_metric), score_names(rule.verifiers))
+        except ValueError as error:
+            raise ValueError(f"rl_config.verifier_by_source: {source}: {error}" if source else str(error)) from error
+    if plan.reward.reward_model:
+        check_folder(plan.reward.reward_model)
+    for graded in (settings, *([RewardSettings(**asdict(plan.eval.reward))] if plan.eval else [])):
+        check_functions(graded)
 
 
 def _output_folders(plan: Plan) -> None:
@@ -64,6 +84,8 @@ def _weights(start: Start) -> str:
     found = _checked("actor_config.load" if start.save is None else str(start.save), train.load, config)
     if plan.recipe.kl_coef and train.reference_load != train.load:
         _checked("rl_config.integrated_mode_config.ref_model_load_path", train.reference_load, config)
+    if plan.critic is not None:
+        _checked_critic(plan.critic.load, config)
     kind = {"hf": "Hugging Face weights", "mm": "mm-convert weights", "training": f"training save of iteration {found.iteration}"}
     reference = f"; reference: {start.reference.path} ({start.reference.short})" if start.reference else ""
     return f"weights: {kind[found.kind]} in {found.weights}{reference}"
@@ -74,6 +96,13 @@ def _checked(key: str, folder: str, config: dict[str, Any]) -> WeightFolder:
         return check_weights(folder, config)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def _checked_critic(folder: str, config: dict[str, Any]) -> None:
+    try:
+        check_value_weights(folder, config)
+    except ValueError as error:
+        raise ValueError(f"critic_config.load: {error}") from error
 
 
 def _space(plan: Plan) -> str:
@@ -92,7 +121,21 @@ def _data(start: Start) -> str:
     with closing(PromptLoader(plan)) as loader:
         if start.save is not None:
             loader.load_state(start.contents["data"])
-        report = loader.scan()
+        return f"data: {_scanned(loader, plan)}"
+
+
+def _eval_data(plan: DataPlan) -> str:
+    if Path(plan.train_path).is_dir():
+        raise ValueError(f"eval.data_path: {plan.train_path} is a folder; name a file in it, for example {plan.train_path}/test.parquet")
+    try:
+        with closing(PromptLoader(plan)) as loader:
+            return f"evaluation: {Path(plan.train_path).name}: {_scanned(loader, plan)}"
+    except ValueError as error:
+        raise ValueError(f"eval.data_path: {error}") from error
+
+
+def _scanned(loader: PromptLoader, plan: DataPlan) -> str:
+    report = loader.scan()
     dropped = f", {report.too_long} too long (max_prompt_length {plan.max_prompt_length})" if report.too_long else ""
     bad = f", {len(report.bad_rows)} bad (skip_bad_rows), the first: {report.bad_rows[0]}" if report.bad_rows else ""
-    return f"data: {report.usable} of {report.rows} rows usable, longest prompt {report.longest_prompt} tokens{dropped}{bad}"
+    return f"{report.usable} of {report.rows} rows usable, longest prompt {report.longest_prompt} tokens{dropped}{bad}"

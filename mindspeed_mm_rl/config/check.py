@@ -8,11 +8,13 @@ from typing import Any
 from mindspeed_mm_rl.config.model_file import text_config
 from mindspeed_mm_rl.config.plan import Plan, RolloutPlan
 from mindspeed_mm_rl.config.schema import Config
-from mindspeed_mm_rl.config.stages import STAGES
+from mindspeed_mm_rl.config.stages import STAGES, has_critic
 
 _REQUIRED = ("stage", "global_batch_size", "train_iters", "tokenizer_name_or_path", "data_path")
 _LOWEST_TEMPERATURE = 0.01
 """The rollout engine silently samples with this where less is asked for."""
+REWARD_MODEL = "reward_model"
+"""The verifier that stands for rl_config.reward_model."""
 _KV_BLOCK_TOKENS = 128
 """On CPU."""
 
@@ -20,8 +22,8 @@ _KV_BLOCK_TOKENS = 128
 def check(config: Config) -> None:
     """Every rule that the configuration alone decides. Raises ValueError for the first one that is broken."""
     for rule in (
-        _required, _stage, _lengths, _sequences, _sampling, _groups, _batches, _dtype, _learning_rate, _pixels, _rewards, _overlong, _clip,
-        _parallel,
+        _required, _stage, _lengths, _sequences, _sampling, _groups, _batches, _dtype, _learning_rate, _pixels, _rewards, _sources,
+        _overlong, _clip, _parallel, _critic, _evaluation,
     ):  # fmt: skip
         rule(config)
 
@@ -136,6 +138,23 @@ def _rewards(config: Config) -> None:
         raise ValueError(f"rl_config.verifier_function names {twice[0]} twice ({list(names or ())}); name it once and raise its weight")
 
 
+def _sources(config: Config) -> None:
+    rl = config.rl_config
+    for source, weights in rl.verifier_by_source.items():
+        if not any(weights.values()):
+            raise ValueError(
+                f"rl_config.verifier_by_source: {source} has {dict(weights) or 'no verifiers'}, so that every reward would be 0; give it a "
+                "verifier with a weight other than 0"
+            )
+    named = REWARD_MODEL in {*(rl.verifier_function or ()), *(name for weights in rl.verifier_by_source.values() for name in weights)}
+    if named != bool(rl.reward_model):
+        raise ValueError(
+            "rl_config.verifier_function names reward_model, but rl_config.reward_model is not given; give a sequence classifier's folder"
+            if named
+            else f"rl_config.reward_model ({rl.reward_model}) would never be asked; name reward_model in rl_config.verifier_function"
+        )
+
+
 def _overlong(config: Config) -> None:
     rl, response = config.rl_config, config.generate_config.sampling_config.max_tokens
     if not rl.overlong_buffer_enable:
@@ -181,6 +200,56 @@ def _parallel(config: Config) -> None:
         )
 
 
+def _critic(config: Config) -> None:
+    stage, warmup, iterations = config.actor_config.stage, config.rl_config.critic_warmup, config.actor_config.train_iters
+    if not has_critic(stage):
+        if warmup:
+            raise ValueError(f"rl_config.critic_warmup ({warmup}) must be 0: megatron_training.stage {stage} has no critic; remove it")
+        return
+    if warmup >= iterations:
+        raise ValueError(
+            f"rl_config.critic_warmup ({warmup}) must be < megatron_training.train_iters ({iterations}), or the actor is never trained; "
+            "lower it"
+        )
+    critic, actor = config.critic_config, config.actor_config
+    if critic.save not in (None, actor.save):
+        raise ValueError(
+            f"critic_config.save ({critic.save}) must be actor_config.save ({actor.save}): the two are one save; set one to the other, or "
+            "remove critic_config.save"
+        )
+    if critic.min_lr > critic.lr:
+        raise ValueError(f"critic_config.min_lr ({critic.min_lr}) must be <= critic_config.lr ({critic.lr}); lower it")
+
+
+def _evaluation(config: Config) -> None:
+    given = config.eval
+    if given is None:
+        return
+    if not given.data_path:
+        raise ValueError("eval.data_path is missing and has no default; name a file, or remove the section eval")
+    if twice := [path for path in given.data_path if given.data_path.count(path) > 1]:
+        raise ValueError(f"eval.data_path names {twice[0]} twice; name it once")
+    if given.temperature is not None and 0 < given.temperature < _LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"eval.temperature ({given.temperature}) must be 0 (greedy) or >= {_LOWEST_TEMPERATURE}, the lowest that the rollout engine "
+            "samples with; change it"
+        )
+    if given.temperature == 0 and given.n_samples_per_prompt > 1:
+        raise ValueError(
+            f"eval.n_samples_per_prompt ({given.n_samples_per_prompt}) must be 1 when eval.temperature is 0: greedy responses to a prompt "
+            "are all the same; lower the first or raise the second"
+        )
+    if given.verifier_function == ():
+        raise ValueError("eval.verifier_function is empty; name a verifier, or remove the key to grade as rl_config.verifier_function does")
+    if REWARD_MODEL in (given.verifier_function or ()) or (
+        given.verifier_function is None and config.rl_config.verifier_function == (REWARD_MODEL,)
+    ):
+        raise ValueError(
+            f"eval.verifier_function ({list(given.verifier_function) if given.verifier_function else 'null = rl_config.verifier_function'}) "
+            f"names {REWARD_MODEL}, whose score doesn't say what is right; name rules, for example acc"
+        )
+
+
 def check_model(plan: RolloutPlan, hf: Mapping[str, Any], on_cpu: bool) -> None:
     """What the rollout engine needs for the model of a config.json. Raises ValueError with both values."""
     text = text_config(hf)
@@ -212,6 +281,13 @@ def check_offered(plan: Plan) -> None:
         "actor_config.expert_model_parallel_size": plan.train.expert_parallel_size,
         "generate_config.infer_tensor_parallel_size": plan.rollout.tensor_parallel_size,
     }
+    if plan.critic is not None:
+        layout |= {
+            "critic_config.tensor_model_parallel_size": plan.critic.tensor_parallel_size,
+            "critic_config.pipeline_model_parallel_size": plan.critic.pipeline_parallel_size,
+            "critic_config.context_parallel_size": plan.critic.context_parallel_size,
+            "critic_config.expert_model_parallel_size": plan.critic.expert_parallel_size,
+        }
     for key, value in layout.items():
         if value != 1:
             raise ValueError(f"{key}: {value} isn't offered in this version, which trains data-parallel only; set it to 1 (add {key}=1)")

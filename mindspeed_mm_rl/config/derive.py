@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from mindspeed_mm_rl.config.check import check, check_model, train_prompts
+from mindspeed_mm_rl.config.check import REWARD_MODEL, check, check_model, train_prompts
 from mindspeed_mm_rl.config.load import read_runtime_env
-from mindspeed_mm_rl.config.model_file import ModelChoices, compare_architecture, is_vision_model, model_choices, read_hf_config
+from mindspeed_mm_rl.config.model_file import ModelChoices, compare_architecture, find_file, is_vision_model, model_choices, read_hf_config
 from mindspeed_mm_rl.config.plan import (
     DataPlan,
     Dtype,
+    EvalPlan,
     OptimizerPlan,
     Plan,
     RecipePlan,
@@ -20,13 +22,15 @@ from mindspeed_mm_rl.config.plan import (
     TrainPlan,
 )
 from mindspeed_mm_rl.config.schema import Config
-from mindspeed_mm_rl.config.stages import STAGES, with_stage_defaults
+from mindspeed_mm_rl.config.stages import STAGES, has_critic, with_stage_defaults
 from mindspeed_mm_rl.platforms import device
 
 _PROMPT_KEY, _IMAGE_KEY = "prompt", "images"
 _ADAM_EPS = 1e-8
+_SHARED_WITH_CRITIC = ("train_iters", "global_batch_size", "bf16", "min_pixels", "max_pixels", "npu_deterministic")
 _FLOAT32_GAP_BOUND = 0.1
 """In float32 the two engines agree to about 1e-4; a tenth means that one of them computes something else."""
+_OF_TEXT = ("acc", "base_acc", "acc_for_dapo", "math_verify_reward", "format", "strict_format")
 _LEAST_GRADERS, _MAX_GRADERS = 2, 8
 """While a response makes one hang, another one goes on."""
 
@@ -56,6 +60,8 @@ def make_plan(config: Config) -> Plan:
         recipe=_recipe(config),
         runtime_env=read_runtime_env(env, config.folder) if env else (),
         notes=(*config.notes, *_notes(config, vision)),
+        eval=_eval(config, vision),
+        critic=_critic(config, hf_path, choices) if has_critic(config.actor_config.stage) else None,
     )
 
 
@@ -82,10 +88,10 @@ def _mini_batch_prompts(config: Config) -> int:
     return config.rl_config.mini_batch_size or train_prompts(config)
 
 
-def _updates(config: Config) -> int:
-    """Optimizer steps of the whole run."""
+def _updates(config: Config, iterations: int) -> int:
+    """Optimizer steps of so many iterations."""
     mini_batches = -(-train_prompts(config) // _mini_batch_prompts(config))
-    return (config.actor_config.train_iters or 0) * config.rl_config.epochs * mini_batches
+    return iterations * config.rl_config.epochs * mini_batches
 
 
 def _run(config: Config) -> RunPlan:
@@ -109,6 +115,7 @@ def _run(config: Config) -> RunPlan:
         use_tensorboard=rl.use_tensorboard,
         log_max_throughput=rl.log_max_throughput,
         seed=megatron.seed,
+        critic_warmup=rl.critic_warmup,
     )
 
 
@@ -136,7 +143,7 @@ def _train(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
         max_pixels=config.actor_config.max_pixels,
         recompute=actor.recompute_granularity == "full" or choices.recompute,
         deterministic=actor.npu_deterministic,
-        optimizer=_optimizer(config),
+        optimizer=_optimizer(config, config.actor_config.train_iters - rl.critic_warmup),
         no_load_optim=actor.no_load_optim,
         no_load_rng=actor.no_load_rng,
         finetune=actor.finetune,
@@ -146,8 +153,17 @@ def _train(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
     )
 
 
-def _optimizer(config: Config) -> OptimizerPlan:
-    actor, updates = config.actor_config, _updates(config)
+def _critic(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
+    """The critic's plan is that of an actor whose section is critic_config, but for what the two share."""
+    actor = config.actor_config
+    shared = {key: getattr(actor, key) for key in _SHARED_WITH_CRITIC} | {"load": config.critic_config.load or actor.load}
+    own = config.model_copy(update={"actor_config": config.critic_config.model_copy(update=shared)})
+    train = _train(own, hf_path, choices)
+    return replace(train, reference_load=train.load, optimizer=_optimizer(own, actor.train_iters), logprob_gap_bound=0.0)
+
+
+def _optimizer(config: Config, iterations: int) -> OptimizerPlan:
+    actor, updates = config.actor_config, _updates(config, iterations)
     return OptimizerPlan(
         lr=actor.lr,
         min_lr=actor.min_lr,
@@ -212,7 +228,7 @@ def _data(config: Config, hf_path: str) -> DataPlan:
 
 def _reward(config: Config, vision: bool) -> RewardPlan:
     rl = config.rl_config
-    verifiers = rl.verifier_function or ("geo3k" if vision else "base_acc",)
+    verifiers = _verifiers(config, rl.verifier_function or ("geo3k" if vision else "base_acc",))
     return RewardPlan(
         verifiers=verifiers,
         weights=rl.verifier_weight or (1.0,) * len(verifiers),
@@ -221,6 +237,56 @@ def _reward(config: Config, vision: bool) -> RewardPlan:
         max_tokens=config.generate_config.sampling_config.max_tokens,
         workers=rl.verifier_parallel or min(_MAX_GRADERS, max(_LEAST_GRADERS, _cores() // 2)),
         timeout_seconds=rl.verifier_timeout,
+        by_source=tuple(
+            (source, _verifiers(config, tuple(weights)), tuple(weights.values())) for source, weights in rl.verifier_by_source.items()
+        ),
+        reward_model=_absolute(rl.reward_model),
+        reward_model_timeout=rl.reward_model_timeout,
+    )
+
+
+def _verifiers(config: Config, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Files of users' functions become absolute: they are looked up as other files of the configuration are."""
+    parts = [name.rpartition(":") for name in names]
+    return tuple(
+        f"{find_file(file, Path(config.folder), 'rl_config.verifier_function').resolve()}:{function}" if file.endswith(".py") else name
+        for name, (file, _, function) in zip(names, parts, strict=True)
+    )
+
+
+def _rules_alone(plan: RewardPlan) -> RewardPlan:
+    """For evaluation: a reward model's score says nothing of right or wrong, and a second copy of it would take as much memory again."""
+
+    def rules(verifiers: tuple[str, ...], weights: tuple[float, ...]) -> list[tuple[str, float]]:
+        return [(name, weight) for name, weight in zip(verifiers, weights, strict=True) if name != REWARD_MODEL]
+
+    own, others = rules(plan.verifiers, plan.weights), [(source, rules(names, weights)) for source, names, weights in plan.by_source]
+    return replace(
+        plan,
+        verifiers=tuple(name for name, _ in own),
+        weights=tuple(weight for _, weight in own),
+        by_source=tuple((source, tuple(n for n, _ in pairs), tuple(w for _, w in pairs)) for source, pairs in others if pairs),
+        reward_model="",
+    )
+
+
+def _eval(config: Config, vision: bool) -> EvalPlan | None:
+    given, actor = config.eval, config.actor_config
+    if given is None:
+        return None
+    reward, n = _rules_alone(replace(_reward(config, vision), overlong_buffer=0)), given.n_samples_per_prompt
+    if given.verifier_function:
+        verifiers = _verifiers(config, given.verifier_function)
+        reward = replace(reward, verifiers=verifiers, weights=(1.0,) * len(verifiers), by_source=())
+    temperature = 0.0 if n == 1 else config.generate_config.sampling_config.temperature
+    return EvalPlan(
+        data=tuple(_absolute(path) for path in given.data_path or ()),
+        interval=given.interval or actor.save_interval or actor.train_iters or 0,
+        at_start=given.at_start,
+        samples_per_prompt=n,
+        temperature=temperature if given.temperature is None else given.temperature,
+        max_rows=given.max_rows or 0,
+        reward=reward,
     )
 
 
@@ -256,7 +322,7 @@ def _notes(config: Config, vision: bool) -> list[str]:
     rl, notes = config.rl_config, []
     if config.actor_config.stage == "ray_dapo" and rl.init_kl_coef and "init_kl_coef" in rl.model_fields_set:
         notes.append(f"rl_config: init_kl_coef ({rl.init_kl_coef}) isn't used: ray_dapo has no KL term")
-    tagged = [name for name in rl.verifier_function or () if name in ("base_acc", "acc_for_dapo")]
+    tagged = [name for name in rl.verifier_function or () if name in _OF_TEXT]
     if vision and tagged:
         notes.append(
             f"rl_config: verifier_function {', '.join(tagged)} acts on pictures too, and asks for the text data sets' answer format; "

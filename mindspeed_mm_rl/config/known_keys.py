@@ -40,7 +40,8 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "full_shuffle_instruction_dataset is_instruction_dataset",
         "chosen for the device": "distributed_backend no_shared_storage use_tp_pp_dp_mapping context_parallel_algo",
         "the model file and config.json say it": "model mm_model algorithm make_vocab_size_divisible_by",
-        "every iteration is logged": "log_interval log_throughput eval_iters eval_interval",
+        "every iteration is logged": "log_interval log_throughput",
+        "section eval says what is evaluated, and when": "eval_iters eval_interval",
         "not part of this loop": "do_sample use_kv_cache dpo_loss_type ref_model refer_model_iter init_method_std "
         "lora_r lora_alpha lora_ckpt_filter lora_fusion no_check_for_nan_in_loss_and_grad",
     },
@@ -129,8 +130,8 @@ NOT_OFFERED: dict[str, dict[str, NotOffered]] = {
     "rl_config": {
         "use_integrated_worker": NotOffered((True,), "set it to true: actor, reference and rollout share the devices"),
         "reference_resource": NotOffered(({},), "remove it: the reference shares actor_resource"),
-        "reward_resource": NotOffered(({},), "remove it: rewards are rules, graded on CPU"),
-        "rule_reward": NotOffered((True,), "name rules in verifier_function"),
+        "reward_resource": NotOffered(({},), "remove it: rules are graded on CPU, a reward model shares the devices of actor_resource"),
+        "rule_reward": NotOffered((True,), "name reward_model alone in verifier_function"),
         "partial_rollout_max_split": NotOffered((0, 1), "set it to 1: a response is finished in the iteration that began it"),
         "multi_turn_enable": NotOffered(_OFF, "set it to false: one response per prompt"),
         "share_backbone": NotOffered(_OFF, "set it to false: it needs LoRA"),
@@ -158,12 +159,11 @@ NOT_OFFERED: dict[str, dict[str, NotOffered]] = {
 }
 
 IGNORED_SECTIONS: dict[str, str] = {
-    "critic_config": "only ray_ppo has a critic",
     "vit_config": "the vision encoder's weights come with actor_config.load, its layout is the actor's",
 }
 """Role sections whose keys are checked and then not used."""
 
 REFUSED_SECTIONS: dict[str, str] = {
     "ref_config": "the reference has the actor's layout; give its weights in rl_config.integrated_mode_config.ref_model_load_path",
-    "reward_config": "rewards are rules; name them in rl_config.verifier_function",
+    "reward_config": "give a sequence classifier's folder in rl_config.reward_model and name reward_model in rl_config.verifier_function",
 }

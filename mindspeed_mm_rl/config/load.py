@@ -14,15 +14,17 @@ from pydantic import BaseModel, ValidationError
 
 from mindspeed_mm_rl.config import known_keys
 from mindspeed_mm_rl.config.model_file import find_file, read_model
-from mindspeed_mm_rl.config.schema import Config, GenerateConfig, MegatronConfig, RLConfig
+from mindspeed_mm_rl.config.schema import Config, EvalConfig, GenerateConfig, MegatronConfig, RLConfig
 from mindspeed_mm_rl.config.spellings import SPELLINGS
+from mindspeed_mm_rl.config.stages import has_critic
 
-_ROLES = ("actor_config", *known_keys.IGNORED_SECTIONS)
+_ROLES = ("actor_config", "critic_config", *known_keys.IGNORED_SECTIONS)
 _SECTIONS: dict[str, type[BaseModel]] = {
     "megatron_training": MegatronConfig,
     **dict.fromkeys(_ROLES, MegatronConfig),
     "rl_config": RLConfig,
     "generate_config": GenerateConfig,
+    "eval": EvalConfig,
 }
 _ACCEPTED_SECTIONS = ("profiler_config", "msprobe_config")
 _TOP = (*_SECTIONS, *_ACCEPTED_SECTIONS, *known_keys.REFUSED_SECTIONS, "model", "defaults")
@@ -49,14 +51,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if sections[name]:
             _validate(MegatronConfig, name, megatron | sections[name])
             notes[(name, reason)] = list(sections[name])
+    actor, critic = (_validate(MegatronConfig, role, megatron | sections[role]) for role in ("actor_config", "critic_config"))
+    if sections["critic_config"] and not has_critic(actor.stage):
+        notes[("critic_config", f"megatron_training.stage {actor.stage} has no critic")] = list(sections["critic_config"])
     folder = path.resolve().parent
     model_name = (tree.get("megatron_training") or {}).get("model")
     return Config(
         name=path.stem,
         folder=str(folder),
-        actor_config=_validate(MegatronConfig, "actor_config", megatron | sections["actor_config"]),
+        actor_config=actor,
+        critic_config=critic,
         rl_config=_validate(RLConfig, "rl_config", sections["rl_config"]),
         generate_config=_validate(GenerateConfig, "generate_config", sections["generate_config"]),
+        eval=_validate(EvalConfig, "eval", sections["eval"]) if tree.get("eval") is not None else None,
         model=read_model(tree.get("model"), tree.get("defaults"), folder, model_name),
         architecture=architecture,
         notes=tuple(f"{section}: {', '.join(dict.fromkeys(keys))}: {reason}" for (section, reason), keys in notes.items()),

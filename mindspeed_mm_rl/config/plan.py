@@ -31,7 +31,7 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The actor's megatron engine."""
+    """The megatron engine of the actor, or of the critic."""
 
     hf_path: str
     """Folder with config.json, tokenizer and preprocessor_config.json: the architecture."""
@@ -130,6 +130,28 @@ class RewardPlan:
     workers: int
     timeout_seconds: float
     """Bound for grading one sample; over it the sample is graded wrong and counted."""
+    by_source: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = ()
+    """(data_source, verifiers, weights) of the rows that don't go by `verifiers`."""
+    reward_model: str = ""
+    """Folder of the sequence classifier that scores as `reward_model`; empty = none."""
+    reward_model_timeout: float = 120.0
+    """Seconds for the samples of one prompt."""
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    data: tuple[str, ...]
+    """Files, or prefixes of prepared columns."""
+    interval: int
+    """Iterations; there is one after the last iteration too."""
+    at_start: bool
+    samples_per_prompt: int
+    temperature: float
+    """0.0 = greedy."""
+    max_rows: int
+    """Of each file; 0 = all."""
+    reward: RewardPlan
+    """What says right or wrong; without penalties for length."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +212,12 @@ class RunPlan:
     use_tensorboard: bool
     log_max_throughput: bool
     seed: int
+    critic_warmup: int = 0
+    """Iterations at the start that train the critic alone."""
+
+    def saves_after(self, iteration: int) -> bool:
+        """Whether there is a save of it; of 0, before the first, there is none."""
+        return bool(self.save) and iteration > 0 and (iteration % self.save_interval == 0 or iteration == self.train_iters)
 
 
 @dataclass(frozen=True)
@@ -204,3 +232,7 @@ class Plan:
     """Environment variables that the user asks for in every worker."""
     notes: tuple[str, ...]
     """One line per user's key that was accepted and derived, for the printed plan."""
+    eval: EvalPlan | None = None
+    """None: nothing is evaluated."""
+    critic: TrainPlan | None = None
+    """None: the algorithm has no critic."""

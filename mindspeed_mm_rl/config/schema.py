@@ -142,6 +142,8 @@ class RLConfig(Section):
     """Prompts per optimizer step; null = all of the iteration (on-policy)."""
     epochs: int = Field(1, gt=0)
     """Passes over the samples of an iteration."""
+    critic_warmup: int = Field(0, ge=0)
+    """ray_ppo: iterations at the start of the run that train the critic alone."""
     shuffle_mini_batch: bool = False
     """true: groups are shuffled before they are cut into mini-batches."""
     max_prompt_length: int = Field(512, gt=0)
@@ -205,12 +207,19 @@ class RLConfig(Section):
     overlong_buffer_penalty_factor: float = Field(1.0, ge=0)
     """Penalty at the limit."""
     verifier_function: tuple[str, ...] | None = None
-    """Names of the rewards' registry; null = geo3k for pictures (0.9 accuracy + 0.1 format), base_acc for text."""
+    """Names of the rewards' registry, path/to/file.py:name for a function of one's own, reward_model; null = geo3k for pictures (0.9
+    accuracy + 0.1 format), base_acc for text."""
     verifier_weight: tuple[float, ...] | None = None
     """One weight per verifier; null = 1.0 each."""
+    verifier_by_source: dict[str, dict[str, float]] = {}
+    """data_source -> name: weight of its verifiers (or a list of names, 1.0 each); rows of other sources go by verifier_function."""
+    reward_model: str | None = None
+    """Folder of a Hugging Face sequence classifier with one label, which scores where verifiers name reward_model; null = none."""
+    reward_model_timeout: float = Field(120.0, gt=0)
+    """Seconds in which the reward model must score the samples of one prompt."""
     verifier_parallel: int | None = Field(None, gt=0)
     """Processes that grade; null = half of the cores, 2 to 8."""
-    verifier_timeout: float = Field(10.0, gt=0)
+    verifier_timeout: float = Field(5.0, gt=0)
     """Seconds for one sample, which takes milliseconds; over it the sample gets the lowest score. Less when samples hang in a row."""
     use_tensorboard: bool = True
     """Scalars under <output>/tensorboard."""
@@ -227,6 +236,14 @@ class RLConfig(Section):
     @classmethod
     def _of_two_the_update(cls, value: Any) -> Any:
         return value[-1] if isinstance(value, list) and value else value
+
+    @field_validator("verifier_by_source", mode="before")
+    @classmethod
+    def _names_weigh_one(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        lists = {source: [names] if isinstance(names, str) else names for source, names in value.items()}
+        return {source: dict.fromkeys(names, 1.0) if isinstance(names, list) else names for source, names in lists.items()}
 
     @field_validator("verifier_function", "verifier_weight", mode="before")
     @classmethod
@@ -272,6 +289,30 @@ class GenerateConfig(Section):
     """false: graphs or compilation where the device has them."""
 
 
+class EvalConfig(Section):
+    """`eval`: accuracy on rows that are not trained on; without the section nothing is evaluated."""
+
+    data_path: tuple[str, ...] | None = None
+    """One file or a list: parquet, jsonl, json or the prefix of prepared columns, in the form that training reads."""
+    interval: int | None = Field(None, gt=0)
+    """Iterations between evaluations, which also follow the last one; null = after every save."""
+    at_start: bool = False
+    """true: also before the first iteration, logged as iteration 0."""
+    n_samples_per_prompt: int = Field(1, gt=0)
+    """Responses per prompt."""
+    temperature: float | None = Field(None, ge=0)
+    """0 = greedy; null = greedy for one sample per prompt, sampling_config.temperature for several."""
+    max_rows: int | None = Field(None, gt=0)
+    """Of each file the first so many usable rows; null = all."""
+    verifier_function: tuple[str, ...] | None = None
+    """Verifiers that say what is right; null = those of rl_config."""
+
+    @field_validator("data_path", "verifier_function", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
 class Config(Section):
     """A checked user configuration."""
 
@@ -279,8 +320,12 @@ class Config(Section):
     """Name of the YAML without its ending."""
     actor_config: MegatronConfig
     """`megatron_training`, overridden by what `actor_config` says."""
+    critic_config: MegatronConfig
+    """`megatron_training`, overridden by what `critic_config` says."""
     rl_config: RLConfig
     generate_config: GenerateConfig
+    eval: EvalConfig | None = None
+    """None: no evaluation."""
     model: dict[str, Any]
     """Content of the model file; {} without one."""
     architecture: dict[str, Any]

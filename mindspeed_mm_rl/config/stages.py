@@ -49,6 +49,10 @@ STAGES: dict[str, Stage] = {
 _CLIP = frozenset({"clip_ratio", "clip_higher_enable", "clip_ratio_low", "clip_ratio_high"})
 
 
+def has_critic(stage: str | None) -> bool:
+    return stage in STAGES and STAGES[stage].has_critic
+
+
 def with_stage_defaults(config: Config) -> Config:
     """The stage's defaults for the keys that the user left alone, told in a note; clip bounds are taken together or not at all."""
     stage = STAGES.get(config.actor_config.stage or "")

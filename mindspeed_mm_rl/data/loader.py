@@ -65,14 +65,14 @@ class PromptLoader:
             "bad_rows": self._dropped["bad_rows"],
         }
 
-    def next_prompts(self, k: int) -> list[Prompt]:
-        """The next k usable prompts.
+    def next_prompts(self, k: int, until: int | None = None) -> list[Prompt]:
+        """The next k usable prompts; fewer where the stream's position `until` comes first.
 
         Raises ValueError naming file and row for a bad row (unless plan.skip_bad_rows), and when two passes over the data give none.
         """
         prompts: list[Prompt] = []
         fruitless = _Fruitless()
-        while len(prompts) < k:
+        while len(prompts) < k and (until is None or self._position < until):
             self._look_ahead(k - len(prompts))
             built = self._pending[0].result()
             if isinstance(built, ValueError) and not self._plan.skip_bad_rows:
@@ -127,6 +127,12 @@ class PromptLoader:
                 )
         self._position, self._prompts_drawn = state["rows"], state["prompts"]
         self._dropped = Counter(too_long=state["too_long"], bad_rows=state["bad_rows"])
+        self._forget_pending()
+
+    def rewind(self) -> None:
+        """Back to the first row and prompt_id 0."""
+        self._position = self._prompts_drawn = 0
+        self._dropped.clear()
         self._forget_pending()
 
     def close(self) -> None:

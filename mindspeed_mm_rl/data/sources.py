@@ -46,7 +46,7 @@ def parquet_files(path: str | Path, split: str = "train") -> tuple[Path, ...]:
     if not path.is_dir():
         raise ValueError(
             f"data file {path} does not exist, and no {path.name}_packed_*_document.idx beside it:"
-            " make it with examples/rl/data_preprocess, or correct megatron_training.data_path"
+            " make it with examples/rl/data_preprocess, or correct the path in megatron_training.data_path or eval.data_path"
         )
     if (whole := path / f"{split}.parquet").is_file():
         return (whole,)

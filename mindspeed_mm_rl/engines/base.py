@@ -1,4 +1,4 @@
-"""The two engines as the rest of the program sees them: one trains, one samples."""
+"""The engines as the rest of the program sees them: one trains a policy, one a critic, one samples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Protocol
 
 import torch
 
-from mindspeed_mm_rl.types import Batch, ImageFeatures, ImageInput, Images, LossInput, RolloutGroup, RolloutRequest
+from mindspeed_mm_rl.algorithms.losses import ValueLossInput
+from mindspeed_mm_rl.types import Batch, ImageFeatures, ImageInput, Images, LossInput, RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.weights.host import WeightHandle
 
 PolicyLoss = Callable[[LossInput], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """Returns the loss to differentiate and metrics; both are sums that are already divided by the global denominators, so that adding
 them over micro-batches and ranks gives the value of the whole mini-batch."""
+
+ValueLoss = Callable[[ValueLossInput], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""The same for a critic."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,20 @@ class TrainEngine(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
+class CriticEngine(Protocol):
+    def values(self, batch: Batch, images: Images) -> dict[int, torch.Tensor]:
+        """{sample_id: value before each of its response tokens [length], float32 on CPU}"""
+
+    def update(self, request: UpdateRequest, images: Images, value_loss: ValueLoss) -> dict[str, float]:
+        """Forward, backward, optimizer step; returns metrics of the global mini-batch."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
 class RolloutEngine(Protocol):
-    def generate(self, requests: list[RolloutRequest], images: Images, num_samples: int) -> Iterator[RolloutGroup]:
+    def generate(self, requests: list[RolloutRequest], images: Images, sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yields each group as soon as its last sample is finished, in finish order."""
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:

@@ -7,6 +7,7 @@ Megatron names are those of MindSpeed-MM (`image_encoder.*`, `text_decoder.*`); 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 Kind = Literal["copy", "qkv", "gate_up", "vision_qkv"]
 Split = Literal["replicated", "rows", "columns", "glu_rows"]
 Part = Literal["vision", "projector", "text"]
+Head = Literal["vocabulary", "value"]
 Shape = tuple[int, ...]
 
 PARTS: tuple[Part, ...] = ("vision", "projector", "text")
@@ -66,7 +68,8 @@ class Block:
     part: Part
     rules: tuple[Rule, ...]
     repeat: str = ""
-    untied_only: bool = False
+    head: Head | None = None
+    """Of the kind of model that has these rules; None: every kind."""
 
 
 def _weight(mm: str, hf: str, shape: str, split: Split = "replicated") -> Rule:
@@ -102,7 +105,8 @@ _DENSE_LAYER = (
 _TEXT_ENDS = (
     Block("text_decoder.embedding.", "model.", "text", (_weight("word_embeddings", "embed_tokens", "vocab hidden", "rows"),)),
     Block("text_decoder.decoder.", "model.", "text", (_weight("final_layernorm", "norm", "hidden"),)),
-    Block("text_decoder.", "", "text", (_weight("output_layer", "lm_head", "vocab hidden", "rows"),), untied_only=True),
+    Block("text_decoder.", "", "text", (_weight("output_layer", "lm_head", "vocab hidden", "rows"),), head="vocabulary"),
+    Block("text_decoder.", "", "text", (_weight("output_layer", "score", "scores hidden"),), head="value"),
 )
 
 
@@ -159,6 +163,7 @@ FAMILIES: dict[str, tuple[Block, ...]] = {
 }
 """model_type of config.json -> its blocks."""
 
+_SCORING = "ForSequenceClassification"
 _IGNORED_ENDS = (".rotary_emb.inv_freq", "._extra_state")
 _RENAMED_PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
@@ -181,6 +186,17 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", False) or config.get("text_config", {}).get("tie_word_embeddings", False))
 
 
+def has_value_head(config: Mapping[str, Any]) -> bool:
+    """Whether the model scores a text (a critic, a reward model) instead of naming the next token."""
+    return any(str(name).endswith(_SCORING) for name in config.get("architectures") or ())
+
+
+def with_value_head(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same decoder with one score as its head, as Hugging Face's sequence classification models have it."""
+    classes = [re.sub(r"For[A-Z]\w*$", "", str(name)) + _SCORING for name in config.get("architectures") or [""]]
+    return {**config, "architectures": classes, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+
 def sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """The named sizes of the shapes, from a config.json whose text keys are at the top or under text_config.
 
@@ -199,6 +215,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
         "head_dim": head_dim,
         "query_rows": heads * head_dim,
         "kv_rows": kv_heads * head_dim,
+        "scores": 1,
     }
     if "vision_config" in config:
         values |= _vision_sizes(config["vision_config"])
@@ -240,13 +257,14 @@ def family(config: Mapping[str, Any]) -> tuple[Block, ...]:
 def entries(config: Mapping[str, Any]) -> list[Entry]:
     """Every weight of the model that config.json (transformers 4 or 5 style) describes, in file order.
 
-    A tied output layer has no entry. Raises ValueError for an unknown model_type or a missing size.
+    A tied output layer has no entry, the score of a value head has one. Raises ValueError for an unknown model_type or a missing size.
     """
-    blocks, known, tied = family(config), sizes(config), is_tied(config)
+    blocks, known = family(config), sizes(config)
+    heads = (None, "value") if has_value_head(config) else (None,) if is_tied(config) else (None, "vocabulary")
     return [
         _entry(block, rule, layer, known)
         for block in blocks
-        if not (block.untied_only and tied)
+        if block.head in heads
         for layer in range(known[block.repeat] if block.repeat else 1)
         for rule in block.rules
     ]

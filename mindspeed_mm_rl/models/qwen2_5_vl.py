@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -17,8 +17,16 @@ from mindspeed_mm_rl.models.vision import ImageEncoder
 from mindspeed_mm_rl.platforms import device
 from mindspeed_mm_rl.types import GridTHW
 
+AnyNetwork = TypeVar("AnyNetwork", bound="Network")
 
-def build_policy(
+
+def build_policy(architecture: Architecture, **arguments: Any) -> Policy:
+    """`build_network` of the policy."""
+    return build_network(Policy, architecture, **arguments)
+
+
+def build_network(
+    network: type[AnyNetwork],
     architecture: Architecture,
     *,
     dtype: torch.dtype = torch.float32,
@@ -30,8 +38,8 @@ def build_policy(
     pipeline_parallel_size: int = 1,
     context_parallel_size: int = 1,
     sequence_parallel: bool = False,
-) -> Policy:
-    """A policy with random weights on this process's device, in eval or train mode as torch modules are (train).
+) -> AnyNetwork:
+    """A network with random weights on this process's device, in eval or train mode as torch modules are (train).
 
     Needs, in this order: device.adapt_megatron(), torch.distributed, parallel_state.initialize_model_parallel(...) with the same
     sizes, tensor_parallel.model_parallel_cuda_manual_seed(seed).
@@ -45,7 +53,7 @@ def build_policy(
         context_parallel_size=context_parallel_size,
         sequence_parallel=sequence_parallel,
     )
-    return Policy(architecture, options, FrozenParts(freeze_vision, freeze_projector))
+    return network(architecture, options, FrozenParts(freeze_vision, freeze_projector))
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,10 @@ class FrozenParts:
     projector: bool = True
 
 
-class Policy(MegatronModule):
-    """consumes: packed token ids, a PackedLayout, image features. produces: states before the head, logits, image features."""
+class Network(MegatronModule):
+    """consumes: packed token ids, a PackedLayout, image features. produces: states before the head, image features."""
+
+    decoder_class: type[TextDecoder] = TextDecoder
 
     def __init__(self, architecture: Architecture, options: ModelOptions, frozen: FrozenParts) -> None:
         config = text_config(architecture.text, options)
@@ -65,7 +75,7 @@ class Policy(MegatronModule):
         self.image_encoder = None
         if architecture.vision is not None and self.pre_process:
             self.image_encoder = ImageEncoder(architecture.vision, options, frozen.vision, frozen.projector)
-        self.text_decoder = TextDecoder(architecture.text, config, self.pre_process, self.post_process)
+        self.text_decoder = self.decoder_class(architecture.text, config, self.pre_process, self.post_process)
 
     def encode_images(self, pixel_values: torch.Tensor, grids: Sequence[GridTHW]) -> torch.Tensor:
         """Image features [sum of t * h * w / merge_size ** 2, hidden] of pixel_values [P, patch values], pictures one behind the other.
@@ -77,7 +87,7 @@ class Policy(MegatronModule):
         return self.image_encoder(pixel_values, grids)
 
     def layout(self, token_rows: Sequence[Sequence[int] | torch.Tensor], grids_rows: Sequence[Sequence[GridTHW]]) -> PackedLayout:
-        """Positions and borders of rows of token ids (image tokens expanded) packed one behind the other, on the policy's device.
+        """Positions and borders of rows of token ids (image tokens expanded) packed one behind the other, on this process's device.
 
         grids_rows: patches (time, height, width) of each row's pictures; raises ValueError when they don't fit the image tokens.
         """
@@ -93,10 +103,6 @@ class Policy(MegatronModule):
         """
         embeddings = self._embeddings(token_ids, image_features) if self.pre_process else None
         return self.text_decoder(embeddings, layout)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, hidden] -> [N, vocabulary / tensor-parallel ranks]"""
-        return self.text_decoder.logits(hidden)
 
     def _embeddings(self, token_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
         embeddings = self.text_decoder.embed(token_ids)
@@ -115,7 +121,7 @@ class Policy(MegatronModule):
         return dict(self.named_parameters())
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copies tensors by MM name into this rank's parameters, cast to the policy's dtype.
+        """Copies tensors by MM name into this rank's parameters, cast to their dtype.
 
         Raises ValueError naming what is missing, unexpected, or of another shape; nothing is copied then.
         """
@@ -146,3 +152,9 @@ class Policy(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         """For megatron's dist_checkpointing; one entry per layer, so that the names in the file are the MM names."""
         return super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), "non_homogeneous_layers": True})
+
+
+class Policy(Network):
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] -> [N, vocabulary / tensor-parallel ranks]"""
+        return self.text_decoder.logits(hidden)

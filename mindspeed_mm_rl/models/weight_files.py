@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mindspeed_mm_rl.config.model_file import read_json
-from mindspeed_mm_rl.models.names import PARTS, Part
+from mindspeed_mm_rl.models.names import PARTS, Part, has_value_head
 from mindspeed_mm_rl.models.saved_weights import METADATA_FILE, SavedWeights
 from mindspeed_mm_rl.models.weight_layout import check_hf_shapes, check_megatron_shapes, select_megatron, to_megatron
 
@@ -25,6 +25,7 @@ RELEASE = "release"
 RANK_FOLDER = "mp_rank_00"
 MODEL_FILE = "model_optim_rng.pt"
 ACTOR_FOLDER = "actor"
+CRITIC_FOLDER = "critic"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _THE_KINDS = (
@@ -39,7 +40,7 @@ class WeightFolder:
 
     kind: FolderKind
     weights: Path
-    """hf: the folder itself; mm: the .pt file; training: the torch_dist folder of the actor."""
+    """hf: the folder itself; mm: the .pt file; training: the torch_dist folder of the actor or the critic."""
     iteration: int | None = None
     """Of a training save."""
 
@@ -87,10 +88,11 @@ class MegatronWeights(Mapping[str, Tensor]):
 Weights = HuggingFaceWeights | MegatronWeights | SavedWeights
 
 
-def recognise(folder: str | Path) -> WeightFolder:
+def recognise(folder: str | Path, role: str = ACTOR_FOLDER) -> WeightFolder:
     """Says what kind of weights a folder holds and where; raises ValueError with what was looked for when it holds none.
 
-    A save's text file picks its iteration; `iter_NNNNNNN`, its `actor`, and `release` may also be given themselves.
+    A save's text file picks its iteration and `role` what in it is meant, the actor or the critic; `iter_NNNNNNN`, a role's folder in it,
+    and `release` may also be given themselves.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -104,11 +106,11 @@ def recognise(folder: str | Path) -> WeightFolder:
     if has_hf:
         return WeightFolder("hf", path)
     if has_iterations:
-        return _in_iteration(path / _iteration_folder(path))
+        return _in_iteration(path / _iteration_folder(path), role)
     if (path / METADATA_FILE).is_file():
         return WeightFolder("training", path, _iteration_number(path.parent))
     if _holds_iteration(path):
-        return _in_iteration(path)
+        return _in_iteration(path, role)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
     raise ValueError(f"{path} holds no weights that can be read (found: {found}); weights are {_THE_KINDS}")
 
@@ -133,7 +135,7 @@ def read_megatron_weights(folder: str | Path, config: Mapping[str, Any]) -> dict
 
     Raises ValueError when the folder holds no weights, or those of another model.
     """
-    found = recognise(folder)
+    found = recognise(folder, _role(config))
     weights = open_weights(found)
     _check(found, weights, config, PARTS)
     return to_megatron(weights, config) if found.kind == "hf" else select_megatron(weights, config)
@@ -141,9 +143,13 @@ def read_megatron_weights(folder: str | Path, config: Mapping[str, Any]) -> dict
 
 def check_weights(folder: str | Path, config: Mapping[str, Any], parts: tuple[Part, ...] = PARTS) -> WeightFolder:
     """Names and shapes of a folder's weights against config.json; reads headers only. Raises ValueError naming folder and weight."""
-    found = recognise(folder)
+    found = recognise(folder, _role(config))
     _check(found, open_weights(found), config, parts)
     return found
+
+
+def _role(config: Mapping[str, Any]) -> str:
+    return CRITIC_FOLDER if has_value_head(config) else ACTOR_FOLDER
 
 
 def _check(found: WeightFolder, weights: Weights, config: Mapping[str, Any], parts: tuple[Part, ...]) -> None:
@@ -179,15 +185,16 @@ def _holds_iteration(path: Path) -> bool:
     return (path / ACTOR_FOLDER / METADATA_FILE).is_file() or any(path.glob(f"mp_rank_*/{MODEL_FILE}"))
 
 
-def _in_iteration(path: Path) -> WeightFolder:
-    if (path / ACTOR_FOLDER / METADATA_FILE).is_file():
-        return WeightFolder("training", path / ACTOR_FOLDER, _iteration_number(path))
+def _in_iteration(path: Path, role: str) -> WeightFolder:
+    if (path / role / METADATA_FILE).is_file():
+        return WeightFolder("training", path / role, _iteration_number(path))
     ranks = sorted(file.parent.name for file in path.glob(f"mp_rank_*/{MODEL_FILE}"))
     if ranks == [RANK_FOLDER]:
         return WeightFolder("mm", path / RANK_FOLDER / MODEL_FILE)
     if ranks:
         raise ValueError(f"{path} is split over {len(ranks)} ranks ({', '.join(ranks[:4])}); only tp 1, pp 1 ({RANK_FOLDER}) can be read")
-    raise ValueError(f"{path} holds neither {ACTOR_FOLDER}/{METADATA_FILE} nor {RANK_FOLDER}/{MODEL_FILE}: the save is incomplete")
+    without = ", or its run had no critic" if role == CRITIC_FOLDER else ""
+    raise ValueError(f"{path} holds neither {role}/{METADATA_FILE} nor {RANK_FOLDER}/{MODEL_FILE}: the save is incomplete{without}")
 
 
 def _iteration_number(path: Path) -> int | None:

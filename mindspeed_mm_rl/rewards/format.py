@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from itertools import islice
+
 BOXED = "\\boxed{"
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_THOUGHT_TO_ANSWER = re.compile(r"</think>\s*<answer>")
+_ANSWER_END = re.compile(r"</answer>$", re.MULTILINE)
+_STEP = re.compile(r"Step [0-9]+:|^[0-9]+\.|\n-|\n\*|First,|Second,|Next,|Finally,")
+"""A numbered line counts only as the first line of the response."""
 
 
 def _in_order(text: str, marks: tuple[str, ...]) -> bool:
@@ -46,12 +55,36 @@ def thinks_then_answers(text: str) -> bool:
     )
 
 
-def format_score(text: str, answer: str) -> float:
+def geo3k_format_score(text: str, answer: str) -> float:
     return float(thinks_then_boxes(text))
 
 
+def format_score(text: str, answer: str) -> float:
+    """1.0 when a thought stands at the start and an answer right behind it, up to the end of a line."""
+    thought_end = _THOUGHT_TO_ANSWER.search(text, len("<think>")) if text.startswith("<think>") else None
+    return float(bool(thought_end and _ANSWER_END.search(text, thought_end.end())))
+
+
 def strict_format_score(text: str, answer: str) -> float:
-    """1.0 when every tag stands exactly once, in order, at the ends, with a box in the answer; else -0.5."""
-    text = text.strip()
-    once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    return 1.0 if once and thinks_then_answers(text) else -0.5
+    """1.0 when every tag and one box stand exactly once, in order, the first and last tag at the very ends; else -0.5."""
+    marks = [text.find(tag) for tag in _TAGS[:3]] + list(_boxes(text)) + [text.find(_TAGS[3])]
+    once = all(text.count(tag) == 1 for tag in _TAGS) and len(marks) == 5 and marks == sorted(marks)
+    return 1.0 if once and text.startswith(_TAGS[0]) and text.endswith(_TAGS[3]) else -0.5
+
+
+def _boxes(text: str) -> Iterator[int]:
+    """Where each box begins that closes, by any brace, on its line."""
+    position = text.find(BOXED)
+    while position >= 0:
+        end = text.find("}", position)
+        if end < 0:
+            return
+        newline = text.find("\n", position, end)
+        if newline < 0:
+            yield position
+        position = text.find(BOXED, end if newline < 0 else newline)
+
+
+def step_score(text: str, answer: str) -> float:
+    """A third for every mark of a step, at most 1.0."""
+    return min(1.0, sum(1 for _ in islice(_STEP.finditer(text), 3)) / 3)

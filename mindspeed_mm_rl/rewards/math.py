@@ -1,4 +1,4 @@
-"""Is a mathematical answer right? Adapters of mathruler and math-verify, and the exact match of DAPO.
+"""Is a mathematical answer right? Adapters of mathruler and math-verify.
 
 mathruler and math-verify (sympy) are imported on first use: names and formats are known without them.
 """
@@ -6,13 +6,13 @@ mathruler and math-verify (sympy) are imported on first use: names and formats a
 from __future__ import annotations
 
 import logging
-import re
 from functools import lru_cache
 
 from mindspeed_mm_rl.rewards.format import boxed_content, thinks_then_answers
+from mindspeed_mm_rl.rewards.plain import settled
 
-_MAX_ANSWER_CHARACTERS = 300
-"""No answer of a known data set is longer; symbolic graders take minutes over what a model may babble into a box."""
+MAX_ANSWER_CHARACTERS = 300
+"""Answers of known data sets that aren't equal as strings are shorter; symbolic graders take minutes over what a model may babble."""
 _EVALUATED = ("**", "__", "lambda")
 """mathruler hands expressions to sympy's parse_expr, which evaluates Python: powers of powers and attribute tricks stay out."""
 _CACHED = 1 << 15
@@ -24,7 +24,7 @@ for _name in ("math_verify", "pylatexenc"):
 
 
 def _gradable(given: str) -> bool:
-    return 0 < len(given) <= _MAX_ANSWER_CHARACTERS and not any(mark in given for mark in _EVALUATED)
+    return 0 < len(given) <= MAX_ANSWER_CHARACTERS and not any(mark in given for mark in _EVALUATED)
 
 
 @lru_cache(maxsize=_CACHED)
@@ -32,8 +32,9 @@ def equal_by_mathruler(given: str, answer: str) -> bool:
     """The rule of PRM800K: same string after normalisation, or sympy simplifies the difference to 0."""
     from mathruler.grader import grade_answer
 
-    if not _gradable(given):
-        return False
+    verdict = settled(given, answer)
+    if verdict is not None or not _gradable(given):
+        return bool(verdict)
     try:
         return bool(grade_answer(given, answer))
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
@@ -42,7 +43,7 @@ def equal_by_mathruler(given: str, answer: str) -> bool:
 
 
 @lru_cache(maxsize=_CACHED)
-def _parsed(latex: str) -> list[object]:
+def parsed(latex: str) -> list[object]:
     """What math-verify reads in an answer. Half of its time goes here, and a group has one right answer and many equal guesses."""
     import math_verify
 
@@ -56,17 +57,16 @@ def equal_by_math_verify(given: str, answer: str) -> bool:
     """Symbolic equality of two LaTeX answers by math-verify."""
     import math_verify
 
-    return _gradable(given) and bool(math_verify.verify(_parsed(answer), _parsed(given), timeout_seconds=None))
+    verdict = settled(given, answer)
+    if verdict is not None or not _gradable(given):
+        return bool(verdict)
+    return bool(math_verify.verify(parsed(answer), parsed(given), timeout_seconds=None))
 
 
-def boxed_is_right(text: str, answer: str) -> bool:
+def geo3k_acc_score(text: str, answer: str) -> float:
     """The boxed answer equals the right one by mathruler, else by math-verify."""
     given = boxed_content(text)
-    return given is not None and (equal_by_mathruler(given, answer) or equal_by_math_verify(given, answer))
-
-
-def acc_score(text: str, answer: str) -> float:
-    return float(boxed_is_right(text, answer))
+    return float(given is not None and (equal_by_mathruler(given, answer) or equal_by_math_verify(given, answer)))
 
 
 def math_17k_acc_score(text: str, answer: str) -> float:
@@ -81,46 +81,3 @@ def base_acc_score(text: str, answer: str) -> float:
 def math_verify_score(text: str, answer: str) -> float:
     given = boxed_content(text)
     return float(given is not None and thinks_then_answers(text) and equal_by_math_verify(given, answer))
-
-
-_ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
-_DAPO_TAIL = 300
-# Normalisation of Minerva (arXiv 2206.14858, appendix D.1), in its order.
-_SUBSTITUTIONS = (
-    ("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), (r"\ ", ""), (" ", ""), ("mbox", "text"),
-    (",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}"),
-)  # fmt: skip
-_REMOVED = (
-    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", "\\ldots", "sue", "points", "feet", "minutes",
-    "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students", "childrentickets", "multiples",
-    "\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}", "\\text{}", r"\mathrm{th}", r"^\circ",
-    r"^{\circ}", r"\;", r",\!", "{,}", '"', "\\dots",
-)  # fmt: skip
-_REWRITES = (
-    (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),
-    (r"(\\text\{)(.*?)(\})", r"\2"),
-    (r"(\\textbf\{)(.*?)(\})", r"\2"),
-    (r"(\\overline\{)(.*?)(\})", r"\2"),
-    (r"(\\boxed\{)(.*)(\})", r"\2"),
-    (r"(frac)([^{])(.)", r"frac{\2}{\3}"),
-    (r"(sqrt)([^{])", r"sqrt{\2}"),
-)
-
-
-def minerva_normalised(answer: str) -> str:
-    r"""Example: minerva_normalised("x = 1,000 dollars") == "1000"."""
-    answer = answer.split("=")[-1]
-    for old, new in _SUBSTITUTIONS:
-        answer = answer.replace(old, new)
-    for expression in _REMOVED:
-        answer = answer.replace(expression, "")
-    for pattern, replacement in _REWRITES:
-        answer = re.sub(pattern, replacement, answer)
-    answer = answer.replace("$", "")
-    return answer.replace(",", "").strip() if answer.replace(",", "").isdigit() else answer.strip()
-
-
-def acc_for_dapo_score(text: str, answer: str) -> float:
-    """1.0 when the last `Answer: ...` line of the last 300 characters is the right answer, string by string; else -1.0."""
-    lines = _ANSWER_LINE.findall(text[-_DAPO_TAIL:])
-    return 1.0 if lines and minerva_normalised(lines[-1]) == minerva_normalised(answer) else -1.0

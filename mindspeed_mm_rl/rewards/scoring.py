@@ -1,13 +1,36 @@
-"""From verifier scores to rewards: weights, penalties, and accuracy apart from the score."""
+"""From verifier scores to rewards: routes, weights, penalties, and accuracy apart from the score."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from mindspeed_mm_rl.rewards.registry import accuracy_name, find_verifier, score_names
+from mindspeed_mm_rl.rewards import custom
+from mindspeed_mm_rl.rewards.registry import REWARD_MODEL, VERIFIERS, check_verifiers, find_verifier, judge_name, killed_scores, label
+from mindspeed_mm_rl.rewards.registry import score_names as labels_of
 
 _SHOWN_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Verifiers and their weights, for all data or for one source."""
+
+    verifiers: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.verifiers or len(self.verifiers) != len(self.weights):
+            raise ValueError(
+                f"rl_config.verifier_function {list(self.verifiers)} and rl_config.verifier_weight {list(self.weights)} "
+                "must have the same length, at least 1"
+            )
+        check_verifiers(self.verifiers)
+
+    @property
+    def asks_model(self) -> bool:
+        return REWARD_MODEL in self.verifiers
 
 
 @dataclass(frozen=True)
@@ -27,44 +50,78 @@ class RewardSettings:
     workers: int
     timeout_seconds: float
     """Bound for grading one sample."""
+    by_source: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = ()
+    """(data_source, verifiers, weights): samples of exactly that source are graded so, all others by `verifiers`."""
+    reward_model: str = ""
+    """Folder of the sequence classifier that scores as `reward_model`; empty = none."""
+    reward_model_timeout: float = 120.0
+    """Seconds for the samples of one prompt."""
 
     def __post_init__(self) -> None:
-        if not self.verifiers or len(self.verifiers) != len(self.weights):
-            raise ValueError(
-                f"rl_config.verifier_function {list(self.verifiers)} and rl_config.verifier_weight {list(self.weights)} "
-                "must have the same length, at least 1"
-            )
-        score_names(self.verifiers)
+        names = [name for rule in self.rules.values() for name in rule.verifiers]
+        check_verifiers(names)
+        if self.asks_model and not self.reward_model:
+            raise ValueError(f"the verifiers {sorted(set(names))} name {REWARD_MODEL}, but rl_config.reward_model is not given")
         if self.overlong_buffer and not 0 < self.overlong_buffer < self.max_tokens:
             raise ValueError(f"rl_config.overlong_buffer ({self.overlong_buffer}) must be below max_tokens ({self.max_tokens})")
         if self.workers < 1 or self.timeout_seconds <= 0:
             raise ValueError(f"rewards need workers >= 1 and timeout_seconds > 0, but got {self.workers} and {self.timeout_seconds}")
 
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """The rule of each source; that of all others under the empty name."""
+        return {"": Rule(self.verifiers, self.weights)} | {source: Rule(names, weights) for source, names, weights in self.by_source}
+
+    @property
+    def asks_model(self) -> bool:
+        return any(rule.asks_model for rule in self.rules.values())
+
+    def rule(self, data_source: str) -> Rule:
+        return next(
+            (Rule(names, weights) for source, names, weights in self.by_source if source == data_source), Rule(self.verifiers, self.weights)
+        )
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the samples of a prompt are graded against. Example: Question("55", "hiyouga/geometry3k")."""
+
+    answer: str
+    data_source: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """extra_info of the row, for users' functions."""
+
 
 @dataclass(frozen=True)
 class SampleScore:
     scores: dict[str, float]
-    """Verifier (and part) name -> raw score."""
+    """Label of a verifier (or part) -> raw score."""
     accuracy: float
     """1.0 right, 0.0 wrong."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """`function/name` -> other numbers of users' functions."""
 
 
 @dataclass(frozen=True)
 class GroupScores:
-    """What the rewards say of the samples of one prompt; every list has one value per sample, in the order given."""
+    """What the rewards say of the samples of one prompt; lists have one value per sample, in the order given."""
 
     scores: dict[str, list[float]]
-    """Verifier (and part) name -> raw scores, before weights and penalties."""
+    """Label of a verifier (or part) -> raw scores, before weights and penalties."""
     accuracy: list[float]
     """1.0 right, 0.0 wrong."""
     rewards: list[float]
-    """Weighted sum of the configured verifiers, with the overlong penalty."""
+    """Weighted sum of the verifiers, with the overlong penalty."""
     overlong_penalties: list[float]
     """Already in `rewards`; <= 0."""
     timeouts: int = 0
     """Samples graded wrong because their grading ran out of time."""
     crashes: int = 0
     """Samples graded wrong because their grading raised, used too much memory, or ended its process."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """`function/name` -> other numbers of users' functions, of those samples that have them."""
+    model_interval: tuple[float, float] | None = None
+    """When the reward model was at work on this group, in seconds of time.perf_counter."""
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer: int, factor: float) -> float:
@@ -78,43 +135,64 @@ def overlong_penalty(length: int, max_tokens: int, buffer: int, factor: float) -
     return min(-excess / buffer * factor, 0.0)
 
 
-def score_sample(text: str, answer: str, verifiers: Sequence[str]) -> SampleScore:
-    scores = {name: find_verifier(name).score(text, answer) for name in score_names(verifiers)}
-    judge = find_verifier(accuracy_name(verifiers))
-    verdict = scores[judge.name] if judge.name in scores else judge.score(text, answer)
-    return SampleScore(scores, float(verdict >= judge.right))
+def score_sample(text: str, question: Question, verifiers: Sequence[str]) -> SampleScore:
+    """Everything but the reward model, which has a process of its own."""
+    functions = {name: custom.grade(name, question.data_source, text, question.answer, question.extra) for name in _functions(verifiers)}
+    scores = {name: VERIFIERS[name].score(text, question.answer) for name in labels_of(verifiers) if name in VERIFIERS}
+    scores |= {label(name): verdict.score for name, verdict in functions.items()}
+    metrics = {f"{label(name)}/{key}": value for name, verdict in functions.items() for key, value in verdict.metrics.items()}
+    judge = judge_name(verifiers)
+    if judge in functions:
+        return SampleScore(scores, float(functions[judge].is_right), metrics)
+    rule = find_verifier(judge)
+    verdict = scores[judge] if judge in scores else rule.score(text, question.answer)
+    return SampleScore(scores, float(verdict >= rule.right), metrics)
 
 
-def wrong_sample(verifiers: Sequence[str]) -> SampleScore:
-    """The lowest scores: what a response gets whose grading had to be killed."""
-    return SampleScore({name: find_verifier(name).wrong for name in score_names(verifiers)}, 0.0)
+def _functions(verifiers: Sequence[str]) -> list[str]:
+    return [name for name in verifiers if custom.is_function(name)]
+
+
+def killed_sample(verifiers: Sequence[str]) -> SampleScore:
+    """What a response gets whose grading had to be killed."""
+    return SampleScore(killed_scores(verifiers), 0.0)
 
 
 def weigh(
-    samples: Sequence[SampleScore], token_lengths: Sequence[int], settings: RewardSettings, timeouts: int = 0, crashes: int = 0
+    samples: Sequence[SampleScore],
+    token_lengths: Sequence[int],
+    settings: RewardSettings,
+    rule: Rule | None = None,
+    model_scores: Sequence[float] | None = None,
+    timeouts: int = 0,
+    crashes: int = 0,
 ) -> GroupScores:
-    """Puts the samples of a prompt together. token_lengths: response tokens of each.
+    """Puts the samples of a prompt together. token_lengths: response tokens of each; rule: None for that of all data.
 
     Raises:
-        ValueError: not one length per sample.
+        ValueError: not one length, or model score, per sample.
     """
-    if len(samples) != len(token_lengths):
+    rule = rule or settings.rule("")
+    if len(samples) != len(token_lengths) or (model_scores is not None and len(model_scores) != len(samples)):
         raise ValueError(f"{len(samples)} responses to grade but {len(token_lengths)} lengths")
     penalties = [
         overlong_penalty(length, settings.max_tokens, settings.overlong_buffer, settings.overlong_penalty_factor)
         for length in token_lengths
     ]
-    terms = list(zip(settings.verifiers, settings.weights, strict=True))
-    rewards = [
-        sum(weight * sample.scores[name] for name, weight in terms) + penalty for sample, penalty in zip(samples, penalties, strict=True)
-    ]
+    scores = {name: [sample.scores[name] for sample in samples] for name in labels_of(rule.verifiers) if name != REWARD_MODEL}
+    if model_scores is not None:
+        scores[REWARD_MODEL] = list(model_scores)
+    terms = [(scores[label(name)], weight) for name, weight in zip(rule.verifiers, rule.weights, strict=True)]
+    rewards = [sum(weight * column[index] for column, weight in terms) + penalty for index, penalty in enumerate(penalties)]
+    keys = dict.fromkeys(key for sample in samples for key in sample.metrics)
     return GroupScores(
-        scores={name: [sample.scores[name] for sample in samples] for name in score_names(settings.verifiers)},
+        scores=scores,
         accuracy=[sample.accuracy for sample in samples],
         rewards=rewards,
         overlong_penalties=penalties,
         timeouts=timeouts,
         crashes=crashes,
+        metrics={key: [sample.metrics[key] for sample in samples if key in sample.metrics] for key in keys},
     )
 
 
@@ -125,12 +203,14 @@ def grading_error(where: str, answer: str, text: str, verifiers: Sequence[str], 
     )
 
 
-def score_group(texts: Sequence[str], token_lengths: Sequence[int], answer: str, data_source: str, settings: RewardSettings) -> GroupScores:
+def score_group(texts: Sequence[str], token_lengths: Sequence[int], question: Question, settings: RewardSettings) -> GroupScores:
     """Grades the responses to one prompt in this process, without a deadline; training grades through RewardPool."""
+    rule = settings.rule(question.data_source)
     samples = []
     for index, text in enumerate(texts):
         try:
-            samples.append(score_sample(text, answer, settings.verifiers))
+            samples.append(score_sample(text, question, rule.verifiers))
         except Exception as error:
-            raise grading_error(f"sample {index} of a prompt of {data_source!r}", answer, text, settings.verifiers, repr(error)) from error
-    return weigh(samples, token_lengths, settings)
+            where = f"sample {index} of a prompt of {question.data_source!r}"
+            raise grading_error(where, question.answer, text, rule.verifiers, repr(error)) from error
+    return weigh(samples, token_lengths, settings, rule)

@@ -1,11 +1,12 @@
 """The processes that grade: a keeper that has imported everything, and its child that grades and may be killed at any moment.
 
 pool thread                          keeper                              grader (a fork of the keeper)
-   |  {"verifiers", "timeout"} ---->   limits itself, self-check
+   |  {"verifiers", "timeout"} ---->   loads users' functions, limits itself, self-check
+   |  <----------------------------  {"problem"} of a user's function, or {"error"}, and the end
    |                                   forks ------------------------>
    |  <-----------------------------------------------------------------  {"ready", "pid"}
-   |  {"task", "texts", "answer"} ------------------------------------->
-   |  <-----------------------------------------------------------------  {"task", "scores", "accuracy"} per text, in order
+   |  {"task", "texts", "question", "verifiers"} ---------------------->
+   |  <-----------------------------------------------------------------  {"task", "scores", "accuracy", "metrics"} per text, in order
    |  <-----------------------------------------------------------------  {"task", "error"} in its place when a verifier raises
    |  <----------------------------  {"died": exit code}, forks again ->  {"ready", "pid"}
 
@@ -29,11 +30,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mindspeed_mm_rl.rewards.registry import find_verifier, score_names
-from mindspeed_mm_rl.rewards.scoring import score_sample
+from mindspeed_mm_rl.rewards import custom
+from mindspeed_mm_rl.rewards.registry import FALLBACK_JUDGE, VERIFIERS, find_verifier, score_names
+from mindspeed_mm_rl.rewards.scoring import Question, score_sample
 
 _MEMORY_BYTES = 512 << 20
-"""A power tower in a response may ask for all of the machine; grading uses about 0.1 GiB."""
+"""A power tower in a response may ask for all of the machine; grading uses about 0.1 GiB. What a user's file has loaded comes on top."""
 _OUT_OF_MEMORY = 12
 """Exit code; the pool counts it as a crash."""
 _POOL_GONE = 113
@@ -72,15 +74,21 @@ def _serve(pipe: Connection) -> None:
     # The pool kills a grader that is late. Should the pool be dead itself, the kernel does: default action, no Python involved.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     try:
-        _limit_harm()
+        for name in filter(custom.is_function, order["verifiers"]):
+            custom.load(name)
+    except ValueError as problem:
+        _send(pipe, {"problem": str(problem)})
+        return
+    try:
         self_check(order["verifiers"])
+        _limit_harm()
     except Exception:
         _send(pipe, {"error": traceback.format_exc()})
         return
     while True:
         grader = os.fork()
         if not grader:
-            _be_grader(pipe, order["verifiers"], order["timeout"])
+            _be_grader(pipe, order["timeout"])
         exit_code = _end_of(grader)
         if exit_code == _POOL_GONE:
             return
@@ -97,26 +105,27 @@ def _end_of(grader: int) -> int:
         raise
 
 
-def _be_grader(pipe: Connection, verifiers: Sequence[str], timeout: float) -> NoReturn:
+def _be_grader(pipe: Connection, timeout: float) -> NoReturn:
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _end_with_keeper()
         _send(pipe, {"ready": True, "pid": os.getpid()})
         while True:
             task = json.loads(pipe.recv_bytes())
+            question = Question(**task["question"])
             for text in task["texts"]:
                 signal.setitimer(signal.ITIMER_REAL, timeout + _ORPHAN_GRACE_SECONDS)
-                _grade(pipe, task["task"], text, task["answer"], verifiers)
+                _grade(pipe, task["task"], text, question, task["verifiers"])
                 signal.setitimer(signal.ITIMER_REAL, 0.0)
     finally:
         # Nothing of the keeper's that is on the stack may run here too. Only a closed pipe leads here.
         os._exit(_POOL_GONE)
 
 
-def _grade(pipe: Connection, number: int, text: str, answer: str, verifiers: Sequence[str]) -> None:
+def _grade(pipe: Connection, number: int, text: str, question: Question, verifiers: Sequence[str]) -> None:
     try:
         # A score that is no finite number would make the advantages of its whole group NaN.
-        answered = json.dumps({"task": number, **asdict(score_sample(text, answer, verifiers))}, allow_nan=False)
+        answered = json.dumps({"task": number, **asdict(score_sample(text, question, verifiers))}, allow_nan=False)
     except MemoryError:
         # What is left of the process cannot be relied on.
         os._exit(_OUT_OF_MEMORY)
@@ -126,12 +135,12 @@ def _grade(pipe: Connection, number: int, text: str, answer: str, verifiers: Seq
 
 
 def self_check(verifiers: Sequence[str]) -> None:
-    """Grades the examples of every verifier; also the warm-up, since graders import sympy on first use.
+    """Grades the examples of every rule; also the warm-up, since graders import sympy on first use.
 
     Raises:
         RuntimeError: an example is not graded right.
     """
-    for verifier in map(find_verifier, score_names([*verifiers, "acc"])):
+    for verifier in (find_verifier(name) for name in score_names([*verifiers, FALLBACK_JUDGE]) if name in VERIFIERS):
         for text, answer in verifier.examples:
             score = verifier.score(text, answer)
             if score != verifier.right:
@@ -141,7 +150,8 @@ def self_check(verifiers: Sequence[str]) -> None:
 def _limit_harm() -> None:
     """Bounds the memory of keeper and graders, and writes no core files."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    bound = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_BYTES, hard)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    bound = mapped + _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(mapped + _MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

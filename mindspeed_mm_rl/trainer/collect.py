@@ -10,31 +10,19 @@ finished first.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
-
-from tqdm import tqdm
 
 from mindspeed_mm_rl.algorithms.recipes import Recipe
 from mindspeed_mm_rl.config.plan import Plan, RecipePlan
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.metrics import Stopwatch
-from mindspeed_mm_rl.rewards.pool import RewardPool
-from mindspeed_mm_rl.rewards.scoring import GroupScores
-from mindspeed_mm_rl.types import Group, Prompt, RolloutGroup, RolloutRequest
-from mindspeed_mm_rl.workers.calls import numbered
-from mindspeed_mm_rl.workers.failure import WorkerFailed
-from mindspeed_mm_rl.workers.group import ActorGroup
-from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
+from mindspeed_mm_rl.trainer.sampler import GroupSampler
+from mindspeed_mm_rl.types import Group
 
 _FRUITLESS_BATCHES = 10
 """Generation batches without a single group to train on after which a run ends: its model cannot learn from this metric."""
-_LOOK_SECONDS = 1.0
-
-Graded = tuple[Prompt, RolloutGroup, Future[GroupScores]]
 
 
 @dataclass
@@ -82,18 +70,8 @@ class Collected:
 
 
 class Collector:
-    def __init__(
-        self,
-        plan: Plan,
-        recipe: Recipe,
-        loader: PromptLoader,
-        actor: ActorGroup,
-        rollout: RolloutGroupStream,
-        rewards: RewardPool,
-        tokenizer: Any,
-    ) -> None:
-        self.plan, self.recipe, self.loader = plan, recipe, loader
-        self.actor, self.rollout, self.rewards, self.tokenizer = actor, rollout, rewards, tokenizer
+    def __init__(self, plan: Plan, recipe: Recipe, loader: PromptLoader, sampler: GroupSampler) -> None:
+        self.plan, self.recipe, self.loader, self.sampler = plan, recipe, loader, sampler
 
     def collect(self, clock: Stopwatch) -> Collected:
         """Raises ValueError when there is no use in sampling on (see Collected.check_may_go_on)."""
@@ -107,56 +85,8 @@ class Collector:
     def _add_generation_batch(self, collected: Collected, clock: Stopwatch) -> None:
         with clock.measure("data"):
             prompts = self.loader.next_prompts(self.plan.run.prompts_per_generation)
-        images = self._shared_images(prompts, clock)
-        with clock.measure("rollout"):
-            first_finished, graded = self._sampled(prompts, images)
-        self._wait_for_scores(graded)
-        scored = [(prompt, rollouts, future.result()) for prompt, rollouts, future in sorted(graded, key=lambda g: g[0].prompt_id)]
-        clock.add("rule_reward", first_finished, time.perf_counter())
-        collected.num_reward_timeouts += sum(scores.timeouts for _, _, scores in scored)
-        collected.num_reward_crashes += sum(scores.crashes for _, _, scores in scored)
-        collected.images += images
-        collected.add([Group(p, r.rollouts, s.scores, s.accuracy, s.rewards) for p, r, s in scored], self.recipe.group_filter)
-
-    def _shared_images(self, prompts: list[Prompt], clock: Stopwatch) -> list[Any]:
-        """Object refs of tables of the distinct pictures: encoded where the vision encoder is frozen, else as pixels."""
-        import ray
-
-        distinct = {image.key: image for prompt in prompts for image in prompt.images}
-        if not distinct:
-            return []
-        with clock.measure("image_embeds"):
-            return self.actor.encode(distinct) if self.plan.rollout.image_embeds else [ray.put(distinct)]
-
-    def _sampled(self, prompts: list[Prompt], images: list[Any]) -> tuple[float, list[Graded]]:
-        """When the first group went to the rewards, and every group with the future of its scores."""
-        by_id = {prompt.prompt_id: prompt for prompt in prompts}
-        requests = [RolloutRequest(p.prompt_id, p.token_ids, tuple(image.key for image in p.images), p.expanded_length) for p in prompts]
-        graded: list[Graded] = []
-        bar = tqdm(total=len(prompts), desc="rollout", unit="group", disable=None, leave=False)
-        first_finished = float("inf")
-        for rollouts in self.rollout.generate(requests, images):
-            prompt = by_id[rollouts.prompt_id]
-            texts = [self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True) for rollout in rollouts.rollouts]
-            lengths = [len(rollout.token_ids) for rollout in rollouts.rollouts]
-            bar.update()
-            first_finished = min(first_finished, time.perf_counter())
-            graded.append((prompt, rollouts, self.rewards.submit(prompt.prompt_id, texts, lengths, prompt.answer, prompt.data_source)))
-        bar.close()
-        return first_finished, graded
-
-    def _wait_for_scores(self, graded: list[Graded]) -> None:
-        """Raises WorkerFailed, naming prompts, when no group is graded within the bound; and when a trainer rank dies meanwhile."""
-        waiting = {future: prompt.prompt_id for prompt, _, future in graded}
-        last = time.monotonic()
-        while waiting:
-            done, _ = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
-            for future in done:
-                del waiting[future]
-                last = time.monotonic()
-            self.actor.check_alive("rewards")
-            if waiting and time.monotonic() - last > self.plan.run.timeout_seconds:
-                raise WorkerFailed(
-                    f"rewards wait in vain: no group was graded within {self.plan.run.timeout_seconds:g} s (rl_config.timeout_seconds); "
-                    f"{numbered('prompts', sorted(waiting.values()))} are unfinished"
-                )
+        graded = self.sampler.sample(prompts, clock)
+        collected.num_reward_timeouts += graded.timeouts
+        collected.num_reward_crashes += graded.crashes
+        collected.images += graded.images
+        collected.add(graded.groups, self.recipe.group_filter)

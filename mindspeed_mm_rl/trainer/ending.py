@@ -61,6 +61,8 @@ class Ending:
         # Before the disk is asked for saves: it may be what is stuck.
         self._last_word = signals.end_soon(what, exit_code)
         run = state.plan.run
+        if not run.train_iters:
+            return what
         under_way = state.iteration < run.train_iters
         where = f"it was iteration {state.iteration + 1} of {run.train_iters}" if under_way else "all iterations were done"
         return f"{what}; {where}. {go_on(run.save)}"

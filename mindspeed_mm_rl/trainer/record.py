@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from mindspeed_mm_rl.algorithms.advantages import explained_variance
+from mindspeed_mm_rl.algorithms.kl import mean_token_kl
+from mindspeed_mm_rl.algorithms.recipes import Recipe
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.metrics import Metric, Stopwatch, TokenCounts, distribution, iteration_record, reduce
 from mindspeed_mm_rl.trainer.collect import Collected
-from mindspeed_mm_rl.types import Batch
+from mindspeed_mm_rl.types import Batch, Group
 
-_UPDATE_METRICS = {
+_ACTOR_METRICS = {
     "actor/entropy": "entropy",
     "actor/kl_loss": "kl_loss",
     "actor/pg_loss": "pg_loss",
@@ -19,15 +23,32 @@ _UPDATE_METRICS = {
     "rollout/logprob_gap/mean": "logprob_gap_mean",
 }
 """Metric name -> what an update calls it; averaged over the iteration's updates by samples, 0 where an update has no such term."""
+_CRITIC_METRICS = {
+    "critic/vf_loss": "vf_loss",
+    "critic/vf_clipfrac": "vf_clipfrac",
+    "critic/values_mean": "values_mean",
+    "critic/grad_norm": "grad_norm",
+}
+"""The same of the critic's updates."""
+
+Update = tuple[int, dict[str, float]]
+"""(samples, metrics) of an optimizer step."""
 
 
-def record_of(
-    plan: Plan, collected: Collected, batch: Batch, updates: Sequence[tuple[int, dict[str, float]]], clock: Stopwatch
-) -> dict[str, float]:
-    """updates: (samples, metrics) of each optimizer step, in order."""
+@dataclass
+class Updates:
+    """Of one iteration, in order."""
+
+    actor: list[Update] = field(default_factory=list)
+    critic: list[Update] = field(default_factory=list)
+
+
+def record_of(plan: Plan, recipe: Recipe, collected: Collected, batch: Batch, updates: Updates, clock: Stopwatch) -> dict[str, float]:
     algorithm = plan.recipe.algorithm
-    values = _of_updates(updates) | _of_rollout(collected, algorithm) | distribution(f"{algorithm}/score", batch.rewards)
+    values = _of_actor(updates.actor) | _of_critic(batch, updates.critic) | _of_rollout(collected, algorithm)
+    values |= distribution(f"{algorithm}/score", batch.rewards)
     values["train/num_samples"] = float(len(batch))
+    values["actor/kl_in_reward"] = mean_token_kl(batch, plan.recipe.kl_penalty) if recipe.kl_in_reward else 0.0
     counts = TokenCounts(
         prompt_lengths=batch.prompts.lengths,
         response_lengths=batch.responses.lengths,
@@ -39,20 +60,43 @@ def record_of(
     return iteration_record(algorithm, values, clock, counts)
 
 
-def _of_updates(updates: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    values = reduce({name: Metric(m.get(own, 0.0), "mean", n) for name, own in _UPDATE_METRICS.items()} for n, m in updates)
-    return values | {
-        "actor/lr": updates[-1][1]["lr"],
-        "rollout/logprob_gap/max": max(metrics["logprob_gap_max"] for _, metrics in updates),
+def _means(names: dict[str, str], updates: Sequence[Update]) -> dict[str, float]:
+    return dict.fromkeys(names, 0.0) | reduce({name: Metric(m.get(own, 0.0), "mean", n) for name, own in names.items()} for n, m in updates)
+
+
+def _of_actor(updates: Sequence[Update]) -> dict[str, float]:
+    """Zeros while the critic warms up alone."""
+    return _means(_ACTOR_METRICS, updates) | {
+        "actor/lr": updates[-1][1]["lr"] if updates else 0.0,
+        "rollout/logprob_gap/max": max((metrics["logprob_gap_max"] for _, metrics in updates), default=0.0),
         "train/num_updates": float(len(updates)),
     }
+
+
+def _of_critic(batch: Batch, updates: Sequence[Update]) -> dict[str, float]:
+    """Nothing without a critic. Values are those before the first update on the batch, per response token that is trained on."""
+    if not updates:
+        return {}
+    inside = batch.loss_mask.values > 0
+    columns = {"values": batch.values, "returns": batch.returns, "advantages": batch.advantages}
+    per_token = [distribution(f"critic/{name}", column.values[inside].tolist()) for name, column in columns.items()]
+    record = {name: value for values in per_token for name, value in values.items()}
+    record |= distribution("critic/score", batch.rewards) | distribution("critic/rewards", batch.rewards)
+    return (
+        record
+        | _means(_CRITIC_METRICS, updates)
+        | {
+            "critic/lr": updates[-1][1]["lr"],
+            "critic/explained_variance": explained_variance(batch.values, batch.returns, batch.loss_mask),
+        }
+    )
 
 
 def _of_rollout(collected: Collected, algorithm: str) -> dict[str, float]:
     """Over every sample that was generated, also those that dynamic sampling dropped."""
     groups = collected.generated
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    values = {f"{name}_rewards/mean": _mean([score for group in groups for score in group.scores[name]]) for name in groups[0].scores}
+    values = _of_verifiers(groups)
     # Every sample is a single turn without tools.
     values |= distribution("tool_call_num", [0.0])
     return values | {
@@ -65,6 +109,15 @@ def _of_rollout(collected: Collected, algorithm: str) -> dict[str, float]:
         "rewards/timeouts": float(collected.num_reward_timeouts),
         "rewards/crashes": float(collected.num_reward_crashes),
     }
+
+
+def _of_verifiers(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over the samples that a verifier was asked about; none for a verifier of a source that had no sample."""
+    columns: dict[str, list[float]] = {}
+    for group in groups:
+        for name, values in (*group.scores.items(), *group.metrics.items()):
+            columns.setdefault(name, []).extend(values)
+    return {f"{name}_rewards/mean": _mean(column) for name, column in columns.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

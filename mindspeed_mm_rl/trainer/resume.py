@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.config.plan import Plan, TrainPlan
+from mindspeed_mm_rl.models.saved_weights import METADATA_FILE
+from mindspeed_mm_rl.models.value_weights import check_same_vision
 from mindspeed_mm_rl.models.weight_digest import weight_digest
-from mindspeed_mm_rl.models.weight_files import WeightFolder, recognise
+from mindspeed_mm_rl.models.weight_files import CRITIC_FOLDER, WeightFolder, read_config, recognise
 from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, TRACKER, SaveFolder, check_whole
 
 _REFERENCE_KEY = "rl_config.integrated_mode_config.ref_model_load_path"
@@ -72,17 +74,41 @@ def start_of(plan: Plan) -> Start:
     if save is None:
         if _training_save(plan.train.load) is not None:
             _whole("actor_config.load", plan.train.load)
+        _check_critic(plan)
         start = Start(plan, notes=notes)
     else:
         contents = check_whole(save)
         train = replace(plan.train, load=str(save / ACTOR_FOLDER), finetune=False)
         iteration = int(contents["iteration"])
         said = f"continuing {save} after iteration {iteration}"
-        start = Start(replace(plan, train=train), save, iteration, contents, notes=(*notes, said))
+        changed = replace(plan, train=train, critic=_continued_critic(plan.critic, save, contents))
+        start = Start(changed, save, iteration, contents, notes=(*notes, said))
     if start.is_finished or not plan.recipe.kl_coef:
         return start
     reference = _reference(plan, start)
     return replace(start, reference=reference, plan=replace(start.plan, train=replace(start.plan.train, reference_load=reference.path)))
+
+
+def _continued_critic(critic: TrainPlan | None, save: Path, contents: dict[str, Any]) -> TrainPlan | None:
+    if critic is None:
+        return None
+    if f"{CRITIC_FOLDER}/{METADATA_FILE}" not in contents["files"]:
+        raise ValueError(
+            f"{save} has no critic: it was written by another algorithm than megatron_training.stage ray_ppo, which needs one; begin a new "
+            "run with its weights (actor_config.finetune=true, and an actor_config.save of its own)"
+        )
+    return replace(critic, load=str(save / CRITIC_FOLDER))
+
+
+def _check_critic(plan: Plan) -> None:
+    """Of a new run. Raises ValueError when a vision encoder that is shared, as it is frozen, isn't the same in actor and critic."""
+    critic = plan.critic
+    if critic is None or critic.load == plan.train.load or not (critic.freeze_vision and critic.freeze_projector):
+        return
+    try:
+        check_same_vision(critic.load, plan.train.load, read_config(critic.hf_path))
+    except ValueError as error:
+        raise ValueError(f"critic_config.load: {error}") from error
 
 
 def _chosen(plan: Plan) -> tuple[Path | None, list[str]]:

@@ -1,7 +1,9 @@
 """The folder of a run's saves: each is whole or not there at all, and a text file names the one to use.
 
 save/latest_checkpointed_iteration.txt      an iteration; editing it picks another save
+save/best_checkpointed_iteration.txt        that of the save which was the best in evaluation, when there is evaluation
 save/iter_0000050/actor/                    weights, optimizer, schedule, random state (torch_dist)
+save/iter_0000050/critic/                   the same of the critic, where there is one
 save/iter_0000050/state.json                everything else that a resumed run needs, and the list of the save's files
 save/.iter_0000050.5f0c.partial             a save that is being written
 save/.iter_0000050.replaced, .removed       one that is about to go
@@ -15,7 +17,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 from mindspeed_mm_rl.data.rows import file_digest
 
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST_TRACKER = "best_checkpointed_iteration.txt"
 STATE_FILE = "state.json"
 ACTOR_FOLDER = "actor"
 _RELEASE = "release"
@@ -90,13 +93,15 @@ class SaveFolder:
             os.close(descriptor)
 
     @contextmanager
-    def new_save(self, iteration: int) -> Iterator[Path]:
-        """A folder to write into. When the block ends well it becomes the save that the text file names, else nothing of it is left."""
+    def new_save(self, iteration: int, networks: Iterable[str] = (ACTOR_FOLDER,)) -> Iterator[Path]:
+        """A folder to write into, with an empty one for each of the networks. When the block ends well it becomes the save that the text file names, else nothing of it is left."""
         # A name of its own: a worker of a killed run may still be writing into the old one.
         temporary = self.root / f".iter_{iteration:07d}.{secrets.token_hex(4)}.partial"
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=_FOLDER_MODE)
-            (temporary / ACTOR_FOLDER).mkdir(parents=True, mode=_FOLDER_MODE)
+            temporary.mkdir(mode=_FOLDER_MODE)
+            for name in networks:
+                (temporary / name).mkdir(mode=_FOLDER_MODE)
             yield temporary
             _make_durable(temporary)
             tracker = self._new_tracker(iteration)
@@ -133,8 +138,16 @@ class SaveFolder:
         self._new_tracker(what).rename(self.root / TRACKER)
         _sync(self.root)
 
-    def _new_tracker(self, iteration: int | str) -> Path:
-        temporary = self.root / f".{TRACKER}.partial"
+    def point_at_best(self, iteration: int | None) -> None:
+        """Names the best save for people and scripts; None, or a save that isn't here: there is none."""
+        tracker = self.root / BEST_TRACKER
+        if iteration is None or not self.path_of(iteration).exists():
+            tracker.unlink(missing_ok=True)
+        else:
+            self._new_tracker(iteration, BEST_TRACKER).rename(tracker)
+
+    def _new_tracker(self, iteration: int | str, name: str = TRACKER) -> Path:
+        temporary = self.root / f".{name}.partial"
         temporary.write_text(f"{iteration}\n", encoding="utf-8")
         temporary.chmod(_FILE_MODE)
         _sync(temporary)
@@ -152,10 +165,15 @@ class SaveFolder:
         _remove(path)
         return path
 
-    def remove_old(self, keep_last: int) -> None:
-        """Leaves the `keep_last` saves that were written last; 0 = all. By age: what a run wrote that was abandoned is not newer."""
+    def remove_old(self, keep_last: int, best: int | None = None) -> None:
+        """Leaves the `keep_last` saves that were written last (0 = all), and that of iteration `best`.
+
+        By age: what a run wrote that was abandoned is not newer.
+        """
         saves = sorted((save for save in self._saves() if _written(save)[0] < float("inf")), key=_written)
         for old in saves[:-keep_last] if keep_last else []:
+            if best is not None and old == self.path_of(best):
+                continue
             leaving = self._leaving(old, "removed")
             old.rename(leaving)
             _remove(leaving)
@@ -170,7 +188,7 @@ class SaveFolder:
         for ending in ("partial", "replaced", "removed"):
             for path in self.root.glob(f".iter_*.{ending}"):
                 _remove(path)
-        for path in self.root.glob(f".{TRACKER}.partial"):
+        for path in self.root.glob(".*_checkpointed_iteration.txt.partial"):
             path.unlink()
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm_rl.algorithms.kl import KLController
-from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.config.plan import Plan, TrainPlan
 from mindspeed_mm_rl.data.loader import PromptLoader
-from mindspeed_mm_rl.models.names import entries
+from mindspeed_mm_rl.models.names import entries, with_value_head
 from mindspeed_mm_rl.models.weight_files import read_config
+from mindspeed_mm_rl.trainer.best import Best, remembered_best
 from mindspeed_mm_rl.trainer.resume import Start
-from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, SaveFolder, write_state
-from mindspeed_mm_rl.workers.group import ActorGroup
+from mindspeed_mm_rl.trainer.save_folder import SaveFolder, write_state
+from mindspeed_mm_rl.workers.group import TrainGroup
 
 _VERSIONS_OF = ("torch", "megatron-core", "ray", "transformers")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -32,18 +33,26 @@ class RunState:
     start: Start
     iteration: int = 0
     """Iterations that are finished."""
+    best: Best | None = None
+    """Of the saves, in evaluation."""
 
     @property
     def plan(self) -> Plan:
         return self.start.plan
 
-    def save(self, actor: ActorGroup, loader: PromptLoader, kl: KLController) -> Path:
-        """Returns the folder. Raises RuntimeError, and leaves the earlier saves as they are, when the save cannot be written."""
+    def save(self, trainers: Mapping[str, TrainGroup], loader: PromptLoader, kl: KLController) -> Path:
+        """Returns the folder. trainers: by their folder in the save.
+
+        Raises RuntimeError, and leaves the earlier saves as they are, when the save cannot be written.
+        """
         saves = SaveFolder(Path(self.plan.run.save))
-        with self._told(saves), saves.new_save(self.iteration) as folder:
-            actor.save(str((folder / ACTOR_FOLDER).resolve()))
+        with self._told(saves), saves.new_save(self.iteration, trainers) as folder:
+            for name, trainer in trainers.items():
+                trainer.save(str((folder / name).resolve()))
             write_state(folder, self._contents(loader, kl))
-        saves.remove_old(self.plan.run.keep_last)
+        if self.best is not None:
+            saves.point_at_best(self.best.iteration)
+        saves.remove_old(self.plan.run.keep_last, self.best.iteration if self.best else None)
         return saves.path_of(self.iteration)
 
     def _contents(self, loader: PromptLoader, kl: KLController) -> dict[str, Any]:
@@ -54,6 +63,7 @@ class RunState:
             "kl_controller": kl.state(),
             "reference": asdict(self.start.reference) if self.start.reference else None,
             "plan": asdict(self.plan),
+            "best": asdict(self.best) if self.best else None,
             "versions": {name: version(name) for name in _VERSIONS_OF},
         }
 
@@ -67,11 +77,15 @@ class RunState:
             cause = _cause(error, saves.root, save_bytes(self.plan), free)
             raise RuntimeError(f"iteration {self.iteration} could not be saved: {cause}") from error
 
-    def resume(self, actor: ActorGroup, loader: PromptLoader, kl: KLController) -> None:
+    def resume(self, trainers: Mapping[str, TrainGroup], loader: PromptLoader, kl: KLController) -> None:
         """Continues from the save of `start`; without one there is nothing to do."""
+        self.best = remembered_best(self.start.contents, self.plan.eval)
+        if self.plan.run.save:
+            SaveFolder(Path(self.plan.run.save)).point_at_best(self.best.iteration if self.best else None)
         if self.start.save is None:
             return
-        actor.load(str((self.start.save / ACTOR_FOLDER).resolve()))
+        for name, trainer in trainers.items():
+            trainer.load(str((self.start.save / name).resolve()))
         loader.load_state(self.start.contents["data"])
         kl.load_state(self.start.contents["kl_controller"])
         self.iteration = self.start.iteration
@@ -79,11 +93,16 @@ class RunState:
 
 def save_bytes(plan: Plan) -> int:
     """About what one save takes: weights, and per trained weight the optimizer's two moments (and its float32 copy of the weight)."""
-    width = {"float32": 4, "bfloat16": 2}[plan.train.dtype]
-    optimizer = 8 if plan.train.dtype == "float32" and not plan.train.optimizer.use_distributed_optimizer else 12
-    frozen = {"vision": plan.train.freeze_vision, "projector": plan.train.freeze_projector, "text": False}
-    table = entries(read_config(plan.train.hf_path))
-    return sum(math.prod(entry.mm_shape) * (width + (0 if frozen[entry.part] else optimizer)) for entry in table)
+    config = read_config(plan.train.hf_path)
+    critic = 0 if plan.critic is None else _network_bytes(plan.critic, with_value_head(config))
+    return _network_bytes(plan.train, config) + critic
+
+
+def _network_bytes(train: TrainPlan, config: Mapping[str, Any]) -> int:
+    width = {"float32": 4, "bfloat16": 2}[train.dtype]
+    optimizer = 8 if train.dtype == "float32" and not train.optimizer.use_distributed_optimizer else 12
+    frozen = {"vision": train.freeze_vision, "projector": train.freeze_projector, "text": False}
+    return sum(math.prod(entry.mm_shape) * (width + (0 if frozen[entry.part] else optimizer)) for entry in entries(config))
 
 
 def free_bytes(folder: Path) -> int:

@@ -20,6 +20,7 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocat
 _DISK_FULL = re.compile(r"no space left on device|errno 28|disk quota exceeded", re.IGNORECASE)
 _MEMORY_ADVICE = {
     "trainer rank": "lower rl_config.max_packing_token_size",
+    "critic rank": "lower rl_config.max_packing_token_size",
     "rollout replica": "lower generate_config.max_num_seqs or generate_config.kv_cache_bytes",
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.engines.vllm.environment import rollout_env
-from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest
+from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.weights.host import WeightHandle
 from mindspeed_mm_rl.workers import placement
 from mindspeed_mm_rl.workers.calls import Call, answers, failed, numbered, silent, start_bound
@@ -44,7 +44,7 @@ class RolloutGroupStream:
     def __init__(self, slots: placement.Slots, plan: Plan) -> None:
         """Starts the processes and does not wait for them; `ready` does."""
         self.slots, self.plan, self.timeout = slots, plan, plan.run.timeout_seconds
-        self.num_samples = plan.run.samples_per_prompt
+        self._training = Sampling(plan.run.samples_per_prompt)
         self.workers = [self._spawn(slot) for slot in range(0, slots.count, plan.rollout.tensor_parallel_size)]
         self._greetings = [worker.alive.remote() for worker in self.workers]
         self._started = [worker.start.remote() for worker in self.workers]
@@ -59,39 +59,41 @@ class RolloutGroupStream:
         calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
         answers(calls, start_bound(self.timeout), "start of the rollout engine")
 
-    def generate(self, requests: list[RolloutRequest], images: list[Any]) -> Iterator[RolloutGroup]:
-        """Yields groups in finish order.
+    def generate(self, requests: list[RolloutRequest], images: list[Any], sampling: Sampling | None = None) -> Iterator[RolloutGroup]:
+        """Yields groups in finish order. sampling: other than training's.
 
         Raises WorkerFailed, naming replica and prompts, when a replica finishes nothing within the bound or too many have died.
         """
         import ray
 
+        sampling = sampling or self._training
+        doing = sampling.stream or "rollout"
         shares = [{r.prompt_id: r for r in requests[i :: len(self.members)]} for i in range(len(self.members))]
-        streams = {self._ask(i, share, images): _Share(i, share) for i, share in enumerate(shares) if share}
+        streams = {self._ask(i, share, images, sampling): _Share(i, share) for i, share in enumerate(shares) if share}
         while streams:
             done, _ = ray.wait(list(streams), num_returns=1, timeout=_LOOK_SECONDS)
             for stream in done:
                 share = streams[stream]
                 try:
-                    group = self._next(stream, share)
+                    group = self._next(stream, share, doing)
                 except WorkerDied as death:
                     del streams[stream]
                     self._replace(share.replica, death)
                     if share.unfinished:
-                        streams[self._ask(share.replica, share.unfinished, images)] = _Share(share.replica, share.unfinished)
+                        streams[self._ask(share.replica, share.unfinished, images, sampling)] = _Share(share.replica, share.unfinished)
                     continue
                 if group is None:
                     del streams[stream]
                 else:
                     yield group
-            self.while_waiting("rollout")
-            self._check_progress(streams)
+            self.while_waiting(doing)
+            self._check_progress(streams, doing)
 
-    def _ask(self, replica: int, requests: dict[int, RolloutRequest], images: list[Any]) -> Any:
+    def _ask(self, replica: int, requests: dict[int, RolloutRequest], images: list[Any], sampling: Sampling) -> Any:
         generate = self.members[replica].actor.generate.options(num_returns="streaming")
-        return generate.remote(list(requests.values()), images, self.num_samples)
+        return generate.remote(list(requests.values()), images, sampling)
 
-    def _next(self, stream: Any, share: _Share) -> RolloutGroup | None:
+    def _next(self, stream: Any, share: _Share, doing: str) -> RolloutGroup | None:
         """The next group of a stream; None at its end."""
         import ray
 
@@ -100,7 +102,7 @@ class RolloutGroupStream:
             ref = next(stream, None)
             group = None if ref is None else ray.get(ref)
         except ray.exceptions.RayError as error:
-            raise failed(member, "rollout", error) from error
+            raise failed(member, doing, error) from error
         if group is None:
             if share.unfinished:
                 raise WorkerFailed(f"{member} ended its stream without {numbered('prompts', sorted(share.unfinished))}")
@@ -109,12 +111,12 @@ class RolloutGroupStream:
         share.since = time.monotonic()
         return group
 
-    def _check_progress(self, streams: dict[Any, _Share]) -> None:
+    def _check_progress(self, streams: dict[Any, _Share], doing: str) -> None:
         """A replica that is stopped, or hangs, says nothing."""
         late = [share for share in streams.values() if time.monotonic() - share.since > self.timeout]
         if late:
             calls = [Call(self.members[s.replica], None, f"{numbered('prompts', sorted(s.unfinished))} unfinished") for s in late]
-            raise silent(calls, self.timeout, "rollout")
+            raise silent(calls, self.timeout, doing)
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         """Returns when every replica has copied the weights."""

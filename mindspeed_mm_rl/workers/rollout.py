@@ -9,7 +9,7 @@ from mindspeed_mm_rl.workers.worker import Worker, fetched
 
 if TYPE_CHECKING:
     from mindspeed_mm_rl.config.plan import RolloutPlan
-    from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest
+    from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest, Sampling
     from mindspeed_mm_rl.weights.host import WeightHandle
 
 
@@ -24,9 +24,9 @@ class RolloutWorker(Worker):
 
         self.engine = VllmRolloutEngine(self.plan, self.seed)
 
-    def generate(self, requests: list[RolloutRequest], images: list[Any], num_samples: int) -> Iterator[RolloutGroup]:
+    def generate(self, requests: list[RolloutRequest], images: list[Any], sampling: Sampling) -> Iterator[RolloutGroup]:
         """images: object refs of picture tables."""
-        yield from self.engine.generate(requests, fetched(images), num_samples)
+        yield from self.engine.generate(requests, fetched(images), sampling)
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         self.engine.receive_weights(handle, policy_version)

@@ -11,7 +11,7 @@ import pytest
 
 from mindspeed_mm_rl.config.plan import RolloutPlan
 from mindspeed_mm_rl.engines.vllm.environment import rollout_env
-from mindspeed_mm_rl.types import Images, RolloutGroup, RolloutRequest
+from mindspeed_mm_rl.types import Images, RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.weights.host import WeightHandle
 
 _engines: dict = {}
@@ -37,7 +37,7 @@ def _receive(name: str, handle: WeightHandle, version: int) -> None:
 
 
 def _generate(name: str, requests: list[RolloutRequest], images: Images, num_samples: int) -> list[RolloutGroup]:
-    return list(_engines[name].generate(requests, images, num_samples))
+    return list(_engines[name].generate(requests, images, Sampling(num_samples)))
 
 
 def _generate_while_open(
@@ -45,9 +45,9 @@ def _generate_while_open(
 ) -> tuple[list[str], list[RolloutGroup]]:
     """Reads one group, asks for another stream and for new weights, closes the stream, reads a new one to its end."""
     engine, refusals = _engines[name], []
-    stream = engine.generate(requests, images, num_samples)
+    stream = engine.generate(requests, images, Sampling(num_samples))
     next(stream)
-    for intrusion in (lambda: next(engine.generate(requests, images, num_samples)), lambda: engine.receive_weights(None, 9)):
+    for intrusion in (lambda: next(engine.generate(requests, images, Sampling(num_samples))), lambda: engine.receive_weights(None, 9)):
         try:
             intrusion()
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Four iterations straight equal two, a stop, and two more: both algorithms, one device and two."""
+"""Four iterations straight equal two, a stop, and two more: three algorithms, one device and two."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from tests.continuation import (
     dapo_with_refill,
     grpo_with_kl,
     picture_rows,
+    ppo_with_kl,
     saved_tensors,
     stopped_and_resumed,
     straight,
@@ -23,13 +24,19 @@ pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2], ids=["one_device", "two_devices"])
-@pytest.mark.parametrize("algorithm", [grpo_with_kl, dapo_with_refill], ids=["grpo_with_kl", "dapo_with_refill"])
+@pytest.mark.parametrize(
+    "algorithm", [grpo_with_kl, dapo_with_refill, ppo_with_kl], ids=["grpo_with_kl", "dapo_with_refill", "ppo_with_kl"]
+)
 def test_a_stop_changes_nothing(tiny_vl: Path, tmp_path: Path, algorithm, num_devices: int) -> None:
     rows = picture_rows(tmp_path / "train.parquet")
     one = straight(algorithm(continuation_plan(tiny_vl, rows, tmp_path / "straight", num_devices)))
     other = stopped_and_resumed(algorithm(continuation_plan(tiny_vl, rows, tmp_path / "stopped", num_devices)))
     check_same(one, other)
     kinds = {
+        ppo_with_kl: lambda: (
+            len({record["actor/kl_coef"] for record in one.records}) == 4
+            and any(key.startswith("critic/optimizer.") for key in one.tensors)
+        ),
         grpo_with_kl: lambda: one.records[3]["actor/kl_loss"] > 0 and len({record["actor/kl_coef"] for record in one.records}) == 4,
         dapo_with_refill: lambda: any(
             record["train/num_gen_batches"] > 1 and record["train/filtered_groups"] > 0 for record in one.records

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mindspeed_mm_rl.config.schema import Config, GenerateConfig, MegatronConfig, RLConfig, Section
+from mindspeed_mm_rl.config.schema import Config, EvalConfig, GenerateConfig, MegatronConfig, RLConfig, Section
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "mindspeed_mm_rl"
@@ -146,7 +146,7 @@ def test_the_environment_is_read_in_one_place():
 
 
 def schema_keys() -> list[str]:
-    sections = {"megatron_training": MegatronConfig, "rl_config": RLConfig, "generate_config": GenerateConfig}
+    sections = {"megatron_training": MegatronConfig, "rl_config": RLConfig, "generate_config": GenerateConfig, "eval": EvalConfig}
     return [key for section, model in sections.items() for key in keys_below(section, model)]
 
 
@@ -166,7 +166,7 @@ def test_a_new_key_is_a_decision():
 
 
 def test_every_key_says_what_it_is():
-    for model in (MegatronConfig, RLConfig, GenerateConfig, Config):
+    for model in (MegatronConfig, RLConfig, GenerateConfig, EvalConfig, Config):
         for name, field in model.model_fields.items():
             nested = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
             assert field.description or nested, f"{model.__name__}.{name}"

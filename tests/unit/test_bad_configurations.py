@@ -139,6 +139,18 @@ RULES = {
         "actor_config.sequence_parallel (true) needs actor_config.tensor_model_parallel_size > 1, which is 1; set sequence_parallel to "
         "false"
     ),
+    "eval.interval=1": "eval.data_path is missing and has no default; name a file, or remove the section eval",
+    "eval.data_path=[a.parquet,a.parquet]": "eval.data_path names a.parquet twice; name it once",
+    "eval.data_path=a.parquet eval.temperature=0.001": (
+        "eval.temperature (0.001) must be 0 (greedy) or >= 0.01, the lowest that the rollout engine samples with; change it"
+    ),
+    "eval.data_path=a.parquet eval.temperature=0 eval.n_samples_per_prompt=4": (
+        "eval.n_samples_per_prompt (4) must be 1 when eval.temperature is 0: greedy responses to a prompt are all the same; lower the "
+        "first or raise the second"
+    ),
+    "eval.data_path=a.parquet eval.verifier_function=reward_model": (
+        "eval.verifier_function (['reward_model']) names reward_model, whose score doesn't say what is right; name rules, for example acc"
+    ),
 }
 
 NOT_OFFERED = {
@@ -190,6 +202,11 @@ AGAINST_FILES = {
     ),
     "generate_config.limit_mm_image_per_prompt=0": (
         "{folder}/data/train.parquet, row 0: 1 images, but generate_config.limit_mm_image_per_prompt is 0; raise it"
+    ),
+    "eval.data_path={folder}/data": "eval.data_path: {folder}/data is a folder; name a file in it, for example {folder}/data/test.parquet",
+    "eval.data_path=/nowhere/test.parquet": (
+        "eval.data_path: data file /nowhere/test.parquet does not exist, and no test.parquet_packed_*_document.idx beside it: make it with "
+        "examples/rl/data_preprocess, or correct the path in megatron_training.data_path or eval.data_path"
     ),
     "megatron_training.tokenizer_name_or_path=/nowhere/model": (
         "megatron_training.tokenizer_name_or_path: /nowhere/model is not a folder; give a Hugging Face folder"

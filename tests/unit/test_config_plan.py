@@ -115,6 +115,29 @@ def test_dapo_says_that_it_has_no_kl_term(tmp_path):
     assert any("init_kl_coef" in note for note in plan.notes)
 
 
+def test_evaluation_is_a_section(tmp_path):
+    assert plan_of(tmp_path).eval is None
+    plan = plan_of(tmp_path, "eval.data_path=test.parquet", "megatron_training.save_interval=20", "rl_config.overlong_buffer_enable=true",
+                   "rl_config.overlong_buffer=512", "rl_config.verifier_function=[acc,format]", "rl_config.verifier_weight=[0.9,0.1]")  # fmt: skip
+    assert plan.eval.data == (str(Path("test.parquet").absolute()),)
+    assert (plan.eval.interval, plan.eval.at_start, plan.eval.samples_per_prompt, plan.eval.temperature) == (20, False, 1, 0.0)
+    assert (plan.eval.reward.verifiers, plan.eval.reward.weights) == (plan.reward.verifiers, plan.reward.weights)
+    assert (plan.reward.overlong_buffer, plan.eval.reward.overlong_buffer) == (512, 0)
+    several = ["eval.data_path=[a.jsonl,b]", "eval.n_samples_per_prompt=4", "generate_config.sampling_config.temperature=0.8"]
+    plan = plan_of(tmp_path, *several, "eval.interval=5", "eval.verifier_function=math_17k_acc")
+    assert [Path(path).name for path in plan.eval.data] == ["a.jsonl", "b"]
+    assert (plan.eval.interval, plan.eval.temperature, plan.eval.reward.verifiers) == (5, 0.8, ("math_17k_acc",))
+    assert plan_of(tmp_path, *several, "eval.temperature=1").eval.temperature == 1.0
+
+
+def test_evaluation_asks_no_reward_model(tmp_path):
+    """A source that only a model scores is graded as all others are."""
+    plan = plan_of(tmp_path, "eval.data_path=a", "rl_config.verifier_function=[acc,reward_model]", "rl_config.verifier_weight=[1,2]",
+                   "rl_config.reward_model=rm", "rl_config.verifier_by_source={chat: {reward_model: 1.0}, math: {math_17k_acc: 0.5}}")  # fmt: skip
+    assert (plan.eval.reward.verifiers, plan.eval.reward.weights, plan.eval.reward.reward_model) == (("acc",), (1.0,), "")
+    assert plan.eval.reward.by_source == (("math", ("math_17k_acc",), (0.5,)),)
+
+
 def test_lengths_are_derived(tmp_path):
     plan = plan_of(tmp_path, "rl_config.max_prompt_length=3000", "generate_config.sampling_config.max_tokens=100")
     assert plan.rollout.max_model_len == plan.rollout.max_num_batched_tokens == 3100

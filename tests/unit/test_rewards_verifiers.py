@@ -3,9 +3,9 @@
 import pytest
 
 from mindspeed_mm_rl.rewards.format import boxed_content, thinks_then_answers, thinks_then_boxes
-from mindspeed_mm_rl.rewards.math import minerva_normalised
-from mindspeed_mm_rl.rewards.registry import VERIFIERS, accuracy_name, check_verifiers, find_verifier, score_names
-from mindspeed_mm_rl.rewards.scoring import RewardSettings, SampleScore, overlong_penalty, score_group, score_sample, weigh, wrong_sample
+from mindspeed_mm_rl.rewards.minerva import minerva_normalised
+from mindspeed_mm_rl.rewards.registry import VERIFIERS, check_verifiers, find_verifier, judge_name, killed_scores, score_names
+from mindspeed_mm_rl.rewards.scoring import Question, RewardSettings, SampleScore, killed_sample, overlong_penalty, score_sample, weigh
 from mindspeed_mm_rl.rewards.worker import self_check
 
 GOOD = "<think>Angles add up to 180.</think> So \\boxed{55}"
@@ -56,26 +56,6 @@ def test_shape_check_is_linear_in_the_response():
     assert not thinks_then_boxes("<think>" * 20000 + "</think>" * 20000)
 
 
-@pytest.mark.parametrize(
-    ("given", "answer", "right"),
-    [
-        ("55", "55", 1.0),
-        ("55.0", "55", 1.0),
-        ("55^\\circ", "55", 1.0),
-        ("\\sqrt{288}", "12 \\sqrt { 2 }", 1.0),  # geometry3k writes with blanks
-        ("\\frac{10}{4}", "\\frac{5}{2}", 1.0),  # by math-verify: mathruler asks for reduced fractions
-        ("56", "55", 0.0),
-        ("", "55", 0.0),
-        ("hello world", "55", 0.0),
-        ("12\\sqrt{3}", "12 \\sqrt { 2 }", 0.0),
-        ("5" * 301, "5" * 301, 0.0),  # nobody's answer is that long
-        ("2**3", "8", 0.0),  # never evaluated
-    ],
-)
-def test_acc_compares_boxed_answers(given, answer, right):
-    assert score("acc", f"<think>x</think> \\boxed{{{given}}}", answer) == right
-
-
 def test_geo3k_is_nine_tenths_accuracy_and_one_tenth_format():
     assert score("geo3k", GOOD, "55") == 1.0
     assert score("geo3k", "\\boxed{55}", "55") == 0.9
@@ -83,17 +63,60 @@ def test_geo3k_is_nine_tenths_accuracy_and_one_tenth_format():
     assert score("geo3k", "55", "55") == 0.0
 
 
-def test_text_verifiers():
-    tagged = "<think>a</think><answer>\\boxed{5}</answer>"
-    assert score("base_acc", tagged, "5") == 1.0
-    assert score("base_acc", "\\boxed{5}", "5") == 0.0
-    assert score("base_acc", tagged, "6") == 0.0
-    assert score("math_17k_acc", "\\boxed{5}", "5") == 1.0
-    assert score("math_17k_acc", "\\boxed{\\frac{10}{4}}", "\\frac{5}{2}") == 0.0
-    assert score("math_verify_reward", tagged.replace("5", "\\frac{10}{4}"), "\\frac{5}{2}") == 1.0
-    assert score("math_verify_reward", "\\boxed{5}", "5") == 0.0
-    assert score("strict_format", tagged, "") == 1.0
-    assert score("strict_format", tagged + "</answer>", "") == -0.5
+TAGGED = "<think>a</think><answer>\\boxed{5}</answer>"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "answer", "value"),
+    [
+        ("acc", "so \\boxed{5}", "5", 1.0),
+        ("acc", "so \\boxed{5.0001} cm", "5", 1.0),
+        ("acc", "so \\boxed{6}", "5", -0.5),
+        ("acc", "the answer is 5", "5", -1.0),
+        ("acc", "so \\boxed{}", "5", -1.0),
+        ("acc", "so \\boxed{5", "5", 1.0),
+        ("acc", "so \\boxed 5$.", "5", 1.0),
+        ("acc", "\\boxed{6}<|im_start|>assistant\\boxed{5}<|im_end|>\\boxed{6}", "5", 1.0),
+        ("base_acc", TAGGED, "5", 1.0),
+        ("base_acc", TAGGED, "6", 0.0),
+        ("base_acc", "\\boxed{5}", "5", 0.0),
+        ("math_17k_acc", "\\boxed{5}", "5", 1.0),
+        ("math_17k_acc", "\\boxed{\\frac{10}{4}}", "\\frac{5}{2}", 0.0),
+        ("math_17k_acc", "5", "5", 0.0),
+        ("acc_for_ppo", "\\boxed{5}", "5", 1.0),
+        ("acc_for_ppo", "\\boxed{6}", "5", 0.0),
+        ("acc_for_dapo", "Answer: 5", "5", 1.0),
+        ("acc_for_dapo", "\\boxed{5}", "5", -1.0),
+        ("math_verify_reward", TAGGED.replace("5", "\\frac{10}{4}"), "\\frac{5}{2}", 1.0),
+        ("math_verify_reward", TAGGED, "6", 0.0),
+        ("math_verify_reward", "\\boxed{5}", "5", 0.0),
+        ("retool_reward", "so \\boxed{5}", "5", 1.0),
+        ("retool_reward", "so \\boxed{5.0}", "5", -1.0),
+        ("retool_reward", "\\boxed{5}" + "x" * 100, "5", -1.0),
+        ("format", "<think>a</think> \n<answer>5</answer>", "", 1.0),
+        ("format", "<think>a</think><answer>5</answer>\nmore", "", 1.0),
+        ("format", "<think>a</think><answer>5</answer> more", "", 0.0),
+        ("format", "<think>a</think> so <answer>5</answer>", "", 0.0),
+        ("format", " <think>a</think><answer>5</answer>", "", 0.0),
+        ("strict_format", TAGGED, "", 1.0),
+        ("strict_format", TAGGED + "</answer>", "", -0.5),
+        ("strict_format", TAGGED + "\n", "", -0.5),
+        ("strict_format", "<think>a</think><answer>5</answer>", "", -0.5),
+        ("strict_format", TAGGED.replace("5}", "5} or \\boxed{6}"), "", -0.5),
+        ("strict_format", "<think>\\boxed{5}</think><answer></answer>", "", -0.5),
+        ("strict_format", TAGGED.replace("5}", "\n5}"), "", -0.5),
+        ("step", "Let us see.", "", 0.0),
+        ("step", "1. Add", "", 1 / 3),
+        ("step", "First, add.\n2. Next, divide.", "", 2 / 3),
+        ("step", "Step 1: a\nStep 2: b\n- c\n* d\nFinally, e", "", 1.0),
+    ],
+)
+def test_values_of_the_text_verifiers(name, text, answer, value):
+    assert score(name, text, answer) == value
+
+
+def test_what_a_killed_grading_is_worth():
+    assert killed_scores(VERIFIERS) == dict.fromkeys(VERIFIERS, 0.0) | {"acc_for_dapo": -1.0, "retool_reward": -1.0}
 
 
 def test_acc_for_dapo_takes_the_last_answer_line_of_the_tail():
@@ -114,12 +137,18 @@ def test_unknown_verifier_names_the_nearest():
         settings(verifiers=("acc_dapo",))
 
 
+def graded(text, answer, names, **question):
+    return score_sample(text, Question(answer, **question), names)
+
+
 def test_accuracy_is_apart_from_the_score():
-    assert score_names(["geo3k"]) == ("geo3k", "acc", "format")
-    assert [accuracy_name(names) for names in (["geo3k"], ["format", "base_acc"], ["format"])] == ["acc", "base_acc", "acc"]
-    assert score_sample("\\boxed{55}", "55", ["format"]) == SampleScore({"format": 0.0}, accuracy=1.0)
-    assert score_sample("Answer: 5", "6", ["acc_for_dapo"]) == SampleScore({"acc_for_dapo": -1.0}, accuracy=0.0)
-    assert score_sample("\\boxed{55}", "55", ["geo3k"]) == SampleScore({"geo3k": 0.9, "acc": 1.0, "format": 0.0}, accuracy=1.0)
+    assert score_names(["geo3k"]) == ("geo3k", "geo3k_acc", "geo3k_format")
+    judges = [judge_name(names) for names in (["geo3k"], ["format", "base_acc"], ["format"], ["a.py:f", "acc"], ["format", "a.py:f"])]
+    assert judges == ["geo3k_acc", "base_acc", "math_17k_acc", "acc", "a.py:f"]
+    assert graded("\\boxed{55}", "55", ["format"]) == SampleScore({"format": 0.0}, accuracy=1.0)
+    assert graded("\\boxed{5}", "6", ["acc"]) == SampleScore({"acc": -0.5}, accuracy=0.0)
+    assert graded("Answer: 5", "6", ["acc_for_dapo"]) == SampleScore({"acc_for_dapo": -1.0}, accuracy=0.0)
+    assert graded("\\boxed{55}", "55", ["geo3k"]) == SampleScore({"geo3k": 0.9, "geo3k_acc": 1.0, "geo3k_format": 0.0}, accuracy=1.0)
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(10, 0.0), (1536, 0.0), (1792, -0.5), (2048, -1.0), (3000, -1.0)])
@@ -129,17 +158,36 @@ def test_overlong_penalty_grows_over_the_buffer(length, penalty):
     assert overlong_penalty(length, max_tokens=2048, buffer=0, factor=1.0) == 0.0
 
 
+def group_of(texts, lengths, answer, rule, source=""):
+    used = rule.rule(source)
+    return weigh([graded(text, answer, used.verifiers, data_source=source) for text in texts], lengths, rule, used)
+
+
 def test_group_scores_of_pictures_know_weights_and_penalty():
-    rule = settings(verifiers=("acc", "format"), weights=(2.0, 0.5), overlong_buffer=512)
-    group = score_group([GOOD, "\\boxed{55}", GOOD], [10, 1792, 2048], "55", "hiyouga/geometry3k", rule)
-    assert group.scores == {"acc": [1.0, 1.0, 1.0], "format": [1.0, 0.0, 1.0]}
+    rule = settings(verifiers=("geo3k_acc", "geo3k_format"), weights=(2.0, 0.5), overlong_buffer=512)
+    group = group_of([GOOD, "\\boxed{55}", GOOD], [10, 1792, 2048], "55", rule)
+    assert group.scores == {"geo3k_acc": [1.0, 1.0, 1.0], "geo3k_format": [1.0, 0.0, 1.0]}
     assert group.rewards == [2.5, 1.5, 1.5]
     assert group.overlong_penalties == [0.0, -0.5, -1.0]
     assert group.accuracy == [1.0, 1.0, 1.0]
 
 
+def test_a_source_has_verifiers_of_its_own():
+    """Exactly the name; every other source goes by the rule of all data."""
+    rule = settings(verifiers=("acc",), by_source=(("openai/gsm8k", ("math_17k_acc", "step"), (1.0, 3.0)),))
+    gsm8k, other, longer = (group_of(["1. \\boxed{5}"], [1], "6", rule, name) for name in ("openai/gsm8k", "", "openai/gsm8k/main"))
+    assert (gsm8k.scores, gsm8k.rewards) == ({"math_17k_acc": [0.0], "step": [1 / 3]}, [1.0])
+    assert other.scores == longer.scores == {"acc": [-0.5]}
+
+
+def test_model_scores_are_weighed_with_the_others():
+    rule = settings(verifiers=("acc", "reward_model"), weights=(1.0, 0.5), reward_model="/model")
+    group = weigh([graded("\\boxed{5}", "5", rule.verifiers)], [1], rule, model_scores=[-3.0])
+    assert (group.scores, group.rewards) == ({"acc": [1.0], "reward_model": [-3.0]}, [-0.5])
+
+
 def test_a_killed_grading_scores_lowest():
-    killed = weigh([wrong_sample(("acc_for_dapo",))], [5], settings(verifiers=("acc_for_dapo",)), timeouts=1)
+    killed = weigh([killed_sample(("acc_for_dapo",))], [5], settings(verifiers=("acc_for_dapo",)), timeouts=1)
     assert (killed.rewards, killed.accuracy, killed.timeouts) == ([-1.0], [0.0], 1)
 
 
@@ -149,13 +197,13 @@ def test_settings_that_cannot_work_are_refused():
         ({"verifiers": (), "weights": ()}, "at least 1"),
         ({"overlong_buffer": 2048}, "overlong_buffer .2048. must be below max_tokens .2048."),
         ({"timeout_seconds": 0.0}, "timeout_seconds > 0"),
+        ({"by_source": (("gsm8k", ("accc",), (1.0,)),)}, "'accc', which does not exist; did you mean 'acc'"),
+        ({"verifiers": ("reward_model",)}, "rl_config.reward_model is not given"),
+        ({"verifiers": ("a.py:f", "b.py:f"), "weights": (1.0, 1.0)}, "b.py:f is called f in the metrics, as a.py:f"),
+        ({"verifiers": ("a.py:acc",)}, "a.py:acc is called acc in the metrics"),
+        ({"verifiers": ("a.py",)}, "'a.py' must be path/to/file.py:name"),
     ):
         with pytest.raises(ValueError, match=words):
             settings(**changes)
     with pytest.raises(ValueError, match="1 responses to grade but 2 lengths"):
-        score_group(["a"], [1, 2], "5", "", settings())
-
-
-def test_a_verifier_that_raises_is_named_with_its_sample():
-    with pytest.raises(RuntimeError, match=r"acc_for_dapo.* failed on sample 1 of a prompt of 'gsm8k'"):
-        score_group(["no line", "Answer: 5"], [1, 1], None, "gsm8k", settings(verifiers=("acc_for_dapo",)))
+        weigh([killed_sample(("geo3k",))], [1, 2], settings())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, STATE_FILE, TRACKER, SaveFolder, check_whole, write_state
+from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, BEST_TRACKER, STATE_FILE, TRACKER, SaveFolder, check_whole, write_state
 
 SHARD = 2**20 + 1  # too large to be hashed
 
@@ -111,6 +111,19 @@ def test_the_newest_is_what_was_written_last(saves: SaveFolder) -> None:
     assert chosen == saves.path_of(3) and "says 'none', which is no iteration" in reasons[0]
     saves.remove_old(2)
     assert names(saves) == ["iter_0000003", "iter_0000006", TRACKER]
+
+
+def test_the_best_save_stays_and_is_named(saves: SaveFolder) -> None:
+    saves.point_at_best(2)
+    saves.remove_old(1, best=2)
+    assert names(saves) == sorted(["iter_0000002", "iter_0000006", BEST_TRACKER, TRACKER])
+    assert (saves.root / BEST_TRACKER).read_text() == "2\n"
+    write_save(saves, 8)
+    saves.remove_old(2, best=8)
+    assert names(saves) == sorted(["iter_0000006", "iter_0000008", BEST_TRACKER, TRACKER]), "the old best is one of many"
+    saves.point_at_best(2)
+    assert BEST_TRACKER not in names(saves), "there is no such save any more"
+    saves.point_at_best(None)
 
 
 def test_damage_does_not_push_out_what_is_whole(saves: SaveFolder) -> None:

@@ -55,7 +55,7 @@ def plan(tiny_text: Path, one_rank: None, tmp_path: Path) -> Plan:
 def save(plan: Plan, trainer: Trainer, iteration: int) -> Path:
     loader = PromptLoader(plan.data)
     try:
-        return RunState(Start(plan), iteration).save(trainer, loader, KLController(0.1))
+        return RunState(Start(plan), iteration).save({"actor": trainer}, loader, KLController(0.1))
     finally:
         loader.close()
 

@@ -12,58 +12,20 @@ from pathlib import Path
 import torch
 from pictures import ANSWERS, solution
 from questions import read_questions
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizer import AT_DIGITS, END, PADDING, TURNS, learn_tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2
 VOCABULARY = 448
-"""A multiple of 64; ids that training the tokenizer leaves free become tokens of their own, so that every id can be decoded."""
-SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+"""A multiple of 64."""
+SPECIAL = (*TURNS, "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+MARKS = ("<think>", "</think>", "\\boxed{")
 
 
 def make_tokenizer(prompts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges cross word borders: the fixed instruction in every prompt becomes a handful of tokens.
-
-    Digits stay single tokens and the marks of the answer format are tokens of their own, so that numbers are all there is to learn.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    bytes_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    marks = ("<think>", "</think>", "\\boxed{")
-    corpus = [text for prompt in sorted(set(prompts)) for answer in ANSWERS for text in ("user\n", prompt, "assistant\n", solution(answer))]
-    pieces = [piece for text in corpus for piece in split_at(text, marks)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(marks),
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(pieces, trainer)
-    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
-    tokenizer.add_tokens([f"<|unused_{i}|>" for i in range(VOCABULARY - tokenizer.get_vocab_size())])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL[1:])
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def split_at(text: str, marks: tuple[str, ...]) -> list[str]:
-    """What the tokenizer sees between added tokens. Example: split_at("a<think>b", ("<think>",)) == ["a", "b"]."""
-    for mark in marks:
-        text = text.replace(mark, "\0")
-    return [piece for piece in text.split("\0") if piece]
+    """The fixed instruction in every prompt becomes a handful of tokens."""
+    texts = [text for prompt in sorted(set(prompts)) for answer in ANSWERS for text in ("user\n", prompt, "assistant\n", solution(answer))]
+    return learn_tokenizer(texts, AT_DIGITS, MARKS, SPECIAL, VOCABULARY)
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
@@ -79,8 +41,8 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "max_position_embeddings": 4096,
             "initializer_range": 0.05,
             "bos_token_id": None,
-            "eos_token_id": token_id("<|im_end|>"),
-            "pad_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id(END),
+            "pad_token_id": token_id(PADDING),
             "tie_word_embeddings": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         },

@@ -5,9 +5,6 @@ frozen from here on, as the trainer leaves them. Then the start: a language mode
 use what the encoder sees. Most of the solutions that it is shown belong to other pictures, so that it stays unsure: it still samples every
 answer now and then, which is what reinforcement learning needs to find the right one.
 
-Both stop at an accuracy, not at a number of steps: the curve is flat for a while, then steep, and the length of the flat part depends on
-the seed.
-
     python examples/rl/quickstart/warm_start.py --model quickstart/model/random --data quickstart/data/warm_start \\
         --out quickstart/model/warm
 """
@@ -15,24 +12,19 @@ the seed.
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import shutil
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from pictures import solution
 from questions import Question, prompt_tokens, read_questions
+from supervised import BATCH, Stage, save, train
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 
 from mindspeed_mm_rl.data.chat import ChatRenderer
 
-BATCH = 32
-LEARNING_RATE = 1e-3
-WARMUP_STEPS = 20
 MAX_NEW_TOKENS = 28
 ANSWER = re.compile(r"<think>.*</think> ?\\boxed\{(\d+)\}", re.DOTALL)
 NEVER_SAMPLED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -74,8 +66,9 @@ class Pictures:
         }
 
 
-def solution_loss(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, index: torch.Tensor, unsure: float) -> torch.Tensor:
-    """Cross entropy of the worked solution's tokens, the end of sequence included; a share `unsure` of them is of other pictures."""
+def solution_loss(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, unsure: float) -> torch.Tensor:
+    """Cross entropy of a random batch's worked solutions, the end of sequence included; a share `unsure` of them is of other pictures."""
+    index = torch.randint(len(pictures.answers), (BATCH,))
     others = torch.randint(len(pictures.answers), index.shape)
     response = pictures.solutions[torch.where(torch.rand(index.shape) < unsure, others, index)]
     logits = model(**pictures.inputs(index, response), logits_to_keep=response.shape[1] + 1, use_cache=False).logits[:, :-1]
@@ -94,40 +87,8 @@ def accuracy(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures) -> f
     return sum(right) / len(right)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Example: Stage("sight", unsure=0.0, stop=0.9, steps=800, first_look=100, look_every=10)."""
-
-    title: str
-    unsure: float
-    """Share of solutions that belong to other pictures."""
-    stop: float
-    """Held-out accuracy that ends the stage."""
-    steps: int
-    """Giving up is an error after so many."""
-    first_look: int
-    """Answering is dear next to a step, and hopeless before the format is learned."""
-    look_every: int
-
-
-def train(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, held_out: Pictures, stage: Stage) -> None:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    seen = 0.0
-    with tqdm(range(1, stage.steps + 1), desc=f"{stage.title}, until {stage.stop:.2f} are right", unit="step") as bar:
-        for step in bar:
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS)
-            loss = solution_loss(model, pictures, torch.randint(len(pictures.answers), (BATCH,)), stage.unsure)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            if step >= stage.first_look and step % stage.look_every == 0:
-                seen = accuracy(model, held_out)
-                bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{seen:.2f}")
-            if seen >= stage.stop:
-                return
-    raise SystemExit(f"{stage.title}: {seen:.2f} of the answers are right after {stage.steps} steps, not {stage.stop}: try another --seed")
+def learn(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, held_out: Pictures, unsure: float, stage: Stage) -> None:
+    train(model, partial(solution_loss, model, pictures, unsure), partial(accuracy, model, held_out), stage)
 
 
 def with_frozen_sight(folder: Path, seeing: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForConditionalGeneration:
@@ -151,15 +112,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     pictures, held_out = (Pictures(args.model, read_questions(args.data / f"{split}.parquet")) for split in ("train", "test"))
     seeing = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
-    train(seeing, pictures, held_out, Stage("sight", unsure=0.0, stop=args.sight, steps=800, first_look=150, look_every=10))
+    learn(seeing, pictures, held_out, 0.0, Stage("sight", stop=args.sight, steps=800, first_look=150, look_every=10))
     model = with_frozen_sight(args.model, seeing)
-    train(model, pictures, held_out, Stage("start", args.unsure, args.stop, steps=800, first_look=60, look_every=2))
-    unfinished = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(args.model, unfinished, ignore=shutil.ignore_patterns("*.safetensors"))
-    model.save_pretrained(unfinished)
-    shutil.rmtree(args.out, ignore_errors=True)
-    os.replace(unfinished, args.out)
+    learn(model, pictures, held_out, args.unsure, Stage("start", stop=args.stop, steps=800, first_look=60, look_every=2))
+    save(model, args.model, args.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from mindspeed_mm_rl.engines.vllm.completeness import check_complete, holds_visi
 from mindspeed_mm_rl.engines.vllm.model_class import import_model_class
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.names import PARTS
-from mindspeed_mm_rl.types import BAN_BIAS, ImageFeatures, ImageInput, Images, Rollout, RolloutGroup, RolloutRequest
+from mindspeed_mm_rl.types import BAN_BIAS, ImageFeatures, ImageInput, Images, Rollout, RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.weights.host import WeightHandle
 
 
@@ -63,14 +63,14 @@ class VllmRolloutEngine:
         weights.receive(llm, handle, policy_version)
         self._version = policy_version
 
-    def generate(self, requests: list[RolloutRequest], images: Images, num_samples: int) -> Iterator[RolloutGroup]:
+    def generate(self, requests: list[RolloutRequest], images: Images, sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yields each group as soon as its last sample is finished; a closed or failed stream leaves nothing in the engine.
 
         Raises ValueError (naming the prompt) for a prompt that doesn't fit, an image that is missing, or image tokens that the
         engine counts differently from the loader.
         """
-        engine = self._idle().llm_engine
-        version = self._version
+        llm = self._idle()
+        engine, version, num_samples = llm.llm_engine, self._version, sampling.num_samples
         if version is None:
             raise ValueError("rollout: no weights have been received yet; call receive_weights before generate")
         prompt_ids = [request.prompt_id for request in requests]
@@ -84,7 +84,7 @@ class VllmRolloutEngine:
                 rendered = self._render(request, images)
                 lengths[request.prompt_id] = len(rendered["prompt_token_ids"])
                 for sample_id in range(request.prompt_id * num_samples, (request.prompt_id + 1) * num_samples):
-                    added.append(engine.add_request(str(sample_id), rendered, self._sampling(sample_id)))
+                    added.append(engine.add_request(str(sample_id), rendered, self._parameters(sample_id, sampling)))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     rollout = _rollout(output, version)
@@ -93,6 +93,9 @@ class VllmRolloutEngine:
                     group.append(rollout)
                     if len(group) == num_samples:
                         yield RolloutGroup(prompt_id, lengths[prompt_id], tuple(sorted(group, key=lambda sample: sample.sample_id)))
+            if sampling.stream:
+                # Training goes on as if nobody had asked anything in between.
+                weights.drop_caches(llm)
         finally:
             engine.abort_request(added, internal=True)
 
@@ -113,15 +116,15 @@ class VllmRolloutEngine:
             raise ValueError("rollout: a stream of generate is still open; read it to its end or close it first")
         return llm
 
-    def _sampling(self, sample_id: int) -> SamplingParams:
+    def _parameters(self, sample_id: int, sampling: Sampling) -> SamplingParams:
         return SamplingParams(
-            temperature=self._plan.temperature,
+            temperature=self._plan.temperature if sampling.temperature is None else sampling.temperature,
             max_tokens=self._plan.max_tokens,
-            seed=_sample_seed(self._seed, sample_id),
+            seed=_sample_seed(self._seed, sample_id, sampling.stream),
             stop_token_ids=list(self._architecture.eos_token_ids),
             logit_bias=dict.fromkeys(self._architecture.banned_token_ids, BAN_BIAS) or None,
             # 0 = the sampled token's log-prob and no other.
-            logprobs=0,
+            logprobs=0 if sampling.with_logprobs else None,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -197,7 +200,7 @@ def _rollout(output: RequestOutput, policy_version: int) -> Rollout:
     return Rollout(
         sample_id=int(output.request_id),
         token_ids=list(completion.token_ids),
-        logprobs=list(completion.logprobs.logprobs),
+        logprobs=list(completion.logprobs.logprobs) if completion.logprobs else [],
         finish="stop" if completion.finish_reason == "stop" else "length",
         policy_version=policy_version,
     )
@@ -246,7 +249,7 @@ def _picture_arguments(plan: RolloutPlan) -> dict[str, Any]:
     }
 
 
-def _sample_seed(run_seed: int, sample_id: int) -> int:
+def _sample_seed(run_seed: int, sample_id: int, stream: str) -> int:
     """63 bits without any state: a resumed run, another replica or another order draws the same noise."""
-    digest = hashlib.blake2b(f"{run_seed}:{sample_id}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{stream}{run_seed}:{sample_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

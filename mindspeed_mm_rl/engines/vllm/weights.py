@@ -110,9 +110,11 @@ def receive(llm: LLM, handle: WeightHandle, policy_version: int) -> None:
     llm.start_weight_update()
     llm.update_weights({"update_info": {"handle": handle}})
     llm.finish_weight_update(weight_version=str(policy_version))
-    # Keys and values of the old weights, and picture features of the old vision tower.
+    drop_caches(llm)
+
+
+def drop_caches(llm: LLM) -> None:
+    """Keys and values of prompts, and features of pictures. Raises RuntimeError while a request runs."""
     if not llm.reset_prefix_cache():
-        raise RuntimeError(
-            "rollout: the prefix cache still holds keys and values of the old weights; it is only dropped while no request runs"
-        )
+        raise RuntimeError("rollout: the prefix cache still holds keys and values; it is only dropped while no request runs")
     llm.llm_engine.reset_encoder_cache()
