@@ -84,11 +84,10 @@ def _weights(start: Start) -> str:
     found = _checked("actor_config.load" if start.save is None else str(start.save), train.load, config)
     if plan.recipe.kl_coef and train.reference_load != train.load:
         _checked("rl_config.integrated_mode_config.ref_model_load_path", train.reference_load, config)
-    if plan.critic is not None:
-        _checked_critic(plan.critic.load, config)
+    critic = "" if plan.critic is None else f"; critic: {_checked_critic(plan.critic.load, config).weights}"
     kind = {"hf": "Hugging Face weights", "mm": "mm-convert weights", "training": f"training save of iteration {found.iteration}"}
     reference = f"; reference: {start.reference.path} ({start.reference.short})" if start.reference else ""
-    return f"weights: {kind[found.kind]} in {found.weights}{reference}"
+    return f"weights: {kind[found.kind]} in {found.weights}{reference}{critic}"
 
 
 def _checked(key: str, folder: str, config: dict[str, Any]) -> WeightFolder:
@@ -98,9 +97,9 @@ def _checked(key: str, folder: str, config: dict[str, Any]) -> WeightFolder:
         raise ValueError(f"{key}: {error}") from error
 
 
-def _checked_critic(folder: str, config: dict[str, Any]) -> None:
+def _checked_critic(folder: str, config: dict[str, Any]) -> WeightFolder:
     try:
-        check_value_weights(folder, config)
+        return check_value_weights(folder, config)
     except ValueError as error:
         raise ValueError(f"critic_config.load: {error}") from error
 

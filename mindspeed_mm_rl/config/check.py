@@ -241,12 +241,11 @@ def _evaluation(config: Config) -> None:
         )
     if given.verifier_function == ():
         raise ValueError("eval.verifier_function is empty; name a verifier, or remove the key to grade as rl_config.verifier_function does")
-    if REWARD_MODEL in (given.verifier_function or ()) or (
-        given.verifier_function is None and config.rl_config.verifier_function == (REWARD_MODEL,)
-    ):
+    names, only_model = given.verifier_function, config.rl_config.verifier_function == (REWARD_MODEL,)
+    if REWARD_MODEL in (names or ()) or (names is None and only_model):
         raise ValueError(
-            f"eval.verifier_function ({list(given.verifier_function) if given.verifier_function else 'null = rl_config.verifier_function'}) "
-            f"names {REWARD_MODEL}, whose score doesn't say what is right; name rules, for example acc"
+            f"eval.verifier_function ({list(names) if names else 'null = rl_config.verifier_function'}) names {REWARD_MODEL}, whose score "
+            "doesn't say what is right; name rules, for example acc"
         )
 
 

@@ -97,8 +97,23 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file over those that its `defaults:` name (`- folder/name`, relative to it), a later one over an earlier one, as in Hydra."""
+    if path.resolve() in above:
+        raise ValueError(f"{path}: defaults: {' -> '.join(file.stem for file in (*above, path))} goes in a circle; remove one of them")
+    content = _parse(path)
+    entries = content.get("defaults") or []
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: defaults must be a list, not {entries!r}")
+    names = [entry.removesuffix(".yaml") for entry in entries if isinstance(entry, str) and entry != "_self_"]
+    bases = [_with_bases(path.parent / f"{name}.yaml", (*above, path.resolve())) for name in names]
+    models = [entry for part in (content, *bases[::-1]) for entry in part.get("defaults") or [] if isinstance(entry, dict)]
+    merged = OmegaConf.to_container(OmegaConf.merge(*bases, content), resolve=False)
+    return merged | {"defaults": models}
+
+
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    tree = OmegaConf.create(_parse(path))
+    tree = OmegaConf.create(_with_bases(path))
     for override in overrides:
         name, equals, _ = override.partition("=")
         if not equals or not name.strip("+"):

@@ -45,6 +45,11 @@ def lenient_equal(given: str, answer: str) -> bool:
     verdict = settled(given, answer)
     if verdict or len(given) > MAX_ANSWER_CHARACTERS:
         return bool(verdict)
+    if verdict is False:
+        return bool(numbers := _numbers(given, answer)) and _near(numbers)
+    if answer in tuple("ABCDE"):
+        choices = re.findall(r"\b[A-E]\b", given.upper())
+        return bool(choices) and choices[-1] == answer
     plain = _normalised(given), _normalised(answer)
     if "%" in given + answer and (numbers := _numbers(*plain)):
         return any(isclose(numbers[0], numbers[1] * factor, rel_tol=_RELATIVE) for factor in (0.01, 1, 100))
@@ -84,12 +89,8 @@ def _normalised(answer: str) -> str:
 def _equal(given: str, answer: str) -> bool:
     if given.casefold() == answer.casefold():
         return True
-    if answer in tuple("ABCDE"):
-        choices = re.findall(r"\b([A-E])\b", given.upper())
-        return bool(choices) and choices[-1] == answer
     if numbers := _numbers(given, answer):
-        whole = all(value.is_integer() for value in numbers)
-        return numbers[0] == numbers[1] if whole else isclose(*numbers, rel_tol=_RELATIVE)
+        return _near(numbers)
     named = _NAMED.fullmatch(given), _NAMED.fullmatch(answer)
     if bool(named[0]) != bool(named[1]) and "=" not in (answer if named[0] else given):
         return _equal(named[0][1] if named[0] else given, named[1][1] if named[1] else answer)
@@ -97,6 +98,10 @@ def _equal(given: str, answer: str) -> bool:
     if elements[0] and elements[1]:
         return len(elements[0]) == len(elements[1]) and all(map(_equal, *elements))
     return equal_by_math_verify(given, answer) or _close(given, answer)
+
+
+def _near(numbers: tuple[float, float]) -> bool:
+    return numbers[0] == numbers[1] if all(value.is_integer() for value in numbers) else isclose(*numbers, rel_tol=_RELATIVE)
 
 
 def _numbers(given: str, answer: str) -> tuple[float, float] | None:

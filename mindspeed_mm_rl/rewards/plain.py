@@ -20,12 +20,11 @@ def settled(given: str, answer: str) -> bool | None:
     given, answer = given.strip(), answer.strip()
     if given == answer:
         return bool(given)
-    if _NUMBER.fullmatch(given) and _NUMBER.fullmatch(answer):
-        return _value(given) == _value(answer)
-    words = _WORDS.fullmatch(given), _WORDS.fullmatch(answer)
-    if words[0] and words[1]:
-        return _bare(words[0][1]) == _bare(words[1][1])
-    return None
+    kinds = _kind(given), _kind(answer)
+    # A sentence may hold the letter of a choice.
+    if None in kinds or sorted(len(kind) == 1 for kind in kinds if isinstance(kind, str)) == [False, True]:
+        return None
+    return kinds[0] == kinds[1]
 
 
 def number(text: str) -> float | None:
@@ -34,9 +33,9 @@ def number(text: str) -> float | None:
     return float(match[0].replace(",", "")) if match else None
 
 
-def _value(text: str) -> Decimal:
-    return Decimal(text.replace(",", ""))
-
-
-def _bare(words: str) -> str:
-    return " ".join(words.casefold().split())
+def _kind(text: str) -> Decimal | str | None:
+    """The number or the words that a text is; numbers are never equal to words."""
+    if _NUMBER.fullmatch(text):
+        return Decimal(text.replace(",", ""))
+    words = _WORDS.fullmatch(text)
+    return " ".join(words[1].casefold().split()) if words else None

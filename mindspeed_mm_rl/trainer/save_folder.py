@@ -94,7 +94,10 @@ class SaveFolder:
 
     @contextmanager
     def new_save(self, iteration: int, networks: Iterable[str] = (ACTOR_FOLDER,)) -> Iterator[Path]:
-        """A folder to write into, with an empty one for each of the networks. When the block ends well it becomes the save that the text file names, else nothing of it is left."""
+        """A folder to write into, with an empty one for each of the networks.
+
+        When the block ends well it becomes the save that the text file names, else nothing of it is left.
+        """
         # A name of its own: a worker of a killed run may still be writing into the old one.
         temporary = self.root / f".iter_{iteration:07d}.{secrets.token_hex(4)}.partial"
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle, read_views
 from mindspeed_mm_rl.workers.actor import ActorWorker
+from mindspeed_mm_rl.workers.critic import CriticWorker
 from mindspeed_mm_rl.workers.rollout import RolloutWorker
 
 WITNESS = "PLANTED_WITNESS"
@@ -39,6 +41,11 @@ class StaleCacheRollout(RolloutWorker):
         if policy_version == 2:
             self.engine._llm.reset_prefix_cache = lambda: True
         super().receive_weights(handle, policy_version)
+
+
+class DyingCritic(CriticWorker):
+    def values(self, *arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class WatchedActor(ActorWorker):

@@ -37,7 +37,7 @@ def documented_names(algorithm: str) -> set[str]:
     names |= {f"actor/{name}" for name in ("entropy", "kl_loss", "pg_loss", "pg_clipfrac", "ppo_kl", "lr", "grad_norm")}
     names |= {f"{algorithm}/lr", "grad_norm", "train/num_gen_batches", "e2e_tps", "update_tps", "vllm_tps"}
     names |= {f"tool_call_num/{kind}" for kind in SPREAD}
-    return names | {f"{verifier}_rewards/mean" for verifier in ("geo3k", "acc", "format")}
+    return names | {f"{verifier}_rewards/mean" for verifier in ("geo3k", "geo3k_acc", "geo3k_format")}
 
 
 @pytest.fixture(scope="module")

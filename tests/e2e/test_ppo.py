@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,10 +14,10 @@ from mindspeed_mm_rl.sinks import read_records
 from mindspeed_mm_rl.trainer import build
 from mindspeed_mm_rl.trainer.ending import RunFailed
 from mindspeed_mm_rl.workers import group
-from mindspeed_mm_rl.workers.critic import CriticWorker
-from tests.chaos.processes import all_processes
+from tests.chaos.processes import MARKER, Footprint
 from tests.continuation import check_same, continuation_plan, picture_rows, ppo_with_kl, resumed_from, straight
 from tests.data_files import row, write_rows
+from tests.e2e.planted import DyingCritic
 from tests.plans import whole_plan
 
 NAMES = (
@@ -88,14 +86,10 @@ def test_two_devices_warm_up_the_critic_alone(tiny_text: Path, tmp_path: Path) -
     assert not critic[name].equal(later_critic[name]) and not critic[name].equal(actor[name])
 
 
-class DyingCritic(CriticWorker):
-    def values(self, *arguments: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_critic_that_dies_ends_the_run_in_one_sentence(tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "CriticWorker", DyingCritic)
+    monkeypatch.setenv(MARKER, tmp_path.name)
     with pytest.raises(RunFailed, match=r"critic rank 0 \(pid \d+ on .*\) died in values of the critic: killed by signal 9 \(SIGKILL\)"):
         build.run(text_plan(tiny_text, tmp_path))
-    titles = ("ray::DyingCritic", "ray::ActorWorker", "ray::RolloutWorker")
-    assert not [process for process in all_processes() if process.parent == os.getpid() and process.title.startswith(titles)]
+    assert not Footprint(tmp_path.name, set()).processes()
+    assert not list(Path("/tmp/ray").glob(f"session_*_{os.getpid()}"))

@@ -114,6 +114,16 @@ RULES = {
         "rl_config.verifier_weight has 2 value(s) [1.0, 2.0] for 1 verifier(s) ['the default one']; give one weight each"
     ),
     "rl_config.verifier_weight=[0]": "rl_config.verifier_weight is [0.0]: every reward would be 0; give a weight other than 0",
+    "rl_config.verifier_by_source.gsm8k.acc=0": (
+        "rl_config.verifier_by_source: gsm8k has {{'acc': 0.0}}, so that every reward would be 0; give it a verifier with a weight other than 0"
+    ),
+    "rl_config.verifier_by_source.gsm8k=[]": (
+        "rl_config.verifier_by_source: gsm8k has no verifiers, so that every reward would be 0; give it a verifier with a weight other than 0"
+    ),
+    "rl_config.verifier_function=reward_model": (
+        "rl_config.verifier_function names reward_model, but rl_config.reward_model is not given; give a sequence classifier's folder"
+    ),
+    "rl_config.reward_model=rm": "rl_config.reward_model (rm) would never be asked; name reward_model in rl_config.verifier_function",
     "rl_config.verifier_function=[acc,acc]": (
         "rl_config.verifier_function names acc twice (['acc', 'acc']); name it once and raise its weight"
     ),
@@ -174,16 +184,29 @@ NOT_OFFERED = {
         "actor_config.context_parallel_size: 2 isn't offered in this version, which trains data-parallel only; set it to 1 (add "
         "actor_config.context_parallel_size=1)"
     ),
-    "reward_config.load=x": "section reward_config isn't offered: rewards are rules; name them in rl_config.verifier_function",
+    "reward_config.load=x": (
+        "section reward_config isn't offered: give a sequence classifier's folder in rl_config.reward_model and name reward_model in "
+        "rl_config.verifier_function"
+    ),
 }
 
 AGAINST_FILES = {
     "rl_config.verifier_function=[geo4k]": (
-        "rl_config.verifier_function names 'geo4k', which does not exist; did you mean 'geo3k'? Verifiers: {verifiers}"
+        "rl_config.verifier_function names 'geo4k', which does not exist; did you mean 'geo3k'? Verifiers: {verifiers}, "
+        "reward_model, or path/to/file.py:name"
+    ),
+    "rl_config.verifier_function=none.py:f": "rl_config.verifier_function: none.py doesn't exist (looked in {folder}, {repository})",
+    "rl_config.verifier_function=mine.py:missing": "rl_config.verifier_function: {folder}/mine.py has no function 'missing'",
+    "rl_config.verifier_function=reward_model rl_config.reward_model={folder}": (
+        "rl_config.reward_model: {folder} holds no config.json; give the folder of a Hugging Face sequence classifier"
+    ),
+    "rl_config.verifier_by_source.gsm8k=step rl_config.filter_groups_enable=true rl_config.filter_groups_metric=geo3k": (
+        "rl_config.verifier_by_source: gsm8k: rl_config.filter_groups_metric is 'geo3k', but the scores of this run are step, accuracy, "
+        "acc, acc_for_dapo, score; did you mean 'score'?"
     ),
     "rl_config.filter_groups_enable=true rl_config.filter_groups_metric=geo": (
-        "rl_config.filter_groups_metric is 'geo', but the scores of this run are geo3k, acc, format, accuracy, acc_for_dapo, score; did "
-        "you mean 'geo3k'?"
+        "rl_config.filter_groups_metric is 'geo', but the scores of this run are geo3k, geo3k_acc, geo3k_format, accuracy, acc, "
+        "acc_for_dapo, score; did you mean 'geo3k'?"
     ),
     "megatron_training.num_layers=99": (
         "megatron_training.num_layers is 99, but num_hidden_layers in {model}/config.json is 2; config.json decides"
@@ -231,6 +254,7 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_vl: Path) -> dict[str, 
     """A sound configuration in {folder}/run.yaml, and what the sentences say of this machine."""
     folder = tmp_path_factory.mktemp("run")
     data = write_rows(folder / "data", [row(index) for index in range(4)])
+    (folder / "mine.py").write_text("score = 1\n")
     (folder / "run.yaml").write_text(CONFIG.format(model=tiny_vl, data=data, folder=folder))
     from mindspeed_mm_rl.rewards.registry import VERIFIERS
 

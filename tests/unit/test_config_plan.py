@@ -117,8 +117,9 @@ def test_dapo_says_that_it_has_no_kl_term(tmp_path):
 
 def test_evaluation_is_a_section(tmp_path):
     assert plan_of(tmp_path).eval is None
-    plan = plan_of(tmp_path, "eval.data_path=test.parquet", "megatron_training.save_interval=20", "rl_config.overlong_buffer_enable=true",
-                   "rl_config.overlong_buffer=512", "rl_config.verifier_function=[acc,format]", "rl_config.verifier_weight=[0.9,0.1]")  # fmt: skip
+    penalty = ["rl_config.overlong_buffer_enable=true", "rl_config.overlong_buffer=512"]
+    verifiers = ["rl_config.verifier_function=[acc,format]", "rl_config.verifier_weight=[0.9,0.1]"]
+    plan = plan_of(tmp_path, "eval.data_path=test.parquet", "megatron_training.save_interval=20", *penalty, *verifiers)
     assert plan.eval.data == (str(Path("test.parquet").absolute()),)
     assert (plan.eval.interval, plan.eval.at_start, plan.eval.samples_per_prompt, plan.eval.temperature) == (20, False, 1, 0.0)
     assert (plan.eval.reward.verifiers, plan.eval.reward.weights) == (plan.reward.verifiers, plan.reward.weights)
@@ -132,8 +133,9 @@ def test_evaluation_is_a_section(tmp_path):
 
 def test_evaluation_asks_no_reward_model(tmp_path):
     """A source that only a model scores is graded as all others are."""
-    plan = plan_of(tmp_path, "eval.data_path=a", "rl_config.verifier_function=[acc,reward_model]", "rl_config.verifier_weight=[1,2]",
-                   "rl_config.reward_model=rm", "rl_config.verifier_by_source={chat: {reward_model: 1.0}, math: {math_17k_acc: 0.5}}")  # fmt: skip
+    sources = "rl_config.verifier_by_source={chat: {reward_model: 1.0}, math: {math_17k_acc: 0.5}}"
+    verifiers = ["rl_config.verifier_function=[acc,reward_model]", "rl_config.verifier_weight=[1,2]", "rl_config.reward_model=rm"]
+    plan = plan_of(tmp_path, "eval.data_path=a", *verifiers, sources)
     assert (plan.eval.reward.verifiers, plan.eval.reward.weights, plan.eval.reward.reward_model) == (("acc",), (1.0,), "")
     assert plan.eval.reward.by_source == (("math", ("math_17k_acc",), (0.5,)),)
 

@@ -95,6 +95,9 @@ PAIRS = [
     ("\\text{(B)}", "B", RIGHT, ALL),
     ("A", "B", WRONG, ALL),
     ("B. 5", "B", RIGHT, (LENIENT,)),
+    ("the choice is B", "B", RIGHT, (LENIENT,)),
+    ("unknown", "42", WRONG, ALL),
+    ("3.14159", "3.1416", RIGHT, (LENIENT,)),
     ("6:30", "6:00", WRONG, ALL),
 ]
 GRADERS = {STRICT: equal_by_mathruler, VERIFY: equal_by_math_verify, LENIENT: lenient_equal}

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import sums
 import torch
-from supervised import BATCH, Stage, save, train
+from supervised import Stage, save, train
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2ForCausalLM
 
 from mindspeed_mm_rl.data.chat import ChatRenderer
 
+BATCH = 64
 SLIPS = 0.3
 STOP = 0.3
 MAX_NEW_TOKENS = 28

@@ -83,6 +83,8 @@ preload_jemalloc() {
 train() {
     local config="$DEFAULT_YAML" command restarts=0 status
     if [[ ! -f "$config" ]]; then config="$REPOSITORY/examples/rl/configs/${DEFAULT_YAML%.yaml}.yaml"; fi
+    # Scripts whose task makes its own data and weights define it.
+    if declare -F before_training >/dev/null; then before_training "$config" "$@" || return; fi
     if command -v mm-rl >/dev/null; then
         command=(mm-rl)
     else
