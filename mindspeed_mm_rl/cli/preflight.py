@@ -12,7 +12,7 @@ from typing import Any
 from mindspeed_mm_rl.algorithms.filters import check_metric, metric_name
 from mindspeed_mm_rl.config.check import check_offered
 from mindspeed_mm_rl.config.plan import DataPlan, Plan
-from mindspeed_mm_rl.data.loader import PromptLoader
+from mindspeed_mm_rl.data.loader import PromptLoader, ScanReport
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.value_weights import check_value_weights
 from mindspeed_mm_rl.models.weight_files import WeightFolder, check_weights, read_config
@@ -120,7 +120,25 @@ def _data(start: Start) -> str:
     with closing(PromptLoader(plan)) as loader:
         if start.save is not None:
             loader.load_state(start.contents["data"])
-        return f"data: {_scanned(loader, plan)}"
+        report = loader.scan()
+        return f"data: {_told(report, plan)}{_routes(start.plan, report, has_messages=bool(loader.rows[0].messages))}"
+
+
+def _routes(plan: Plan, report: ScanReport, has_messages: bool) -> str:
+    """How many rows go by which verifiers: a misspelt source would go by those of all others for ever."""
+    routed = {source: ", ".join(names) for source, names, _ in plan.reward.by_source}
+    if (missing := [source for source in routed if source not in report.sources]) and plan.eval is None:
+        raise ValueError(
+            f"rl_config.verifier_by_source: no row of {plan.data.train_path} is of data_source {missing[0]!r}; its sources are "
+            f"{', '.join(f'{source!r} ({count} rows)' for source, count in report.sources.items())}"
+        )
+    if RewardSettings(**asdict(plan.reward)).asks_model and not has_messages:
+        raise ValueError(
+            f"rl_config.reward_model reads messages, but {plan.data.train_path} holds token ids alone; train on parquet or JSON rows"
+        )
+    rest = ", ".join(plan.reward.verifiers)
+    lines = [f"{count} of {source or 'no data_source'} by {routed.get(source, rest)}" for source, count in report.sources.items()]
+    return f"; rows: {'; '.join(lines)}" if routed else ""
 
 
 def _eval_data(plan: DataPlan) -> str:
@@ -128,13 +146,12 @@ def _eval_data(plan: DataPlan) -> str:
         raise ValueError(f"eval.data_path: {plan.train_path} is a folder; name a file in it, for example {plan.train_path}/test.parquet")
     try:
         with closing(PromptLoader(plan)) as loader:
-            return f"evaluation: {Path(plan.train_path).name}: {_scanned(loader, plan)}"
+            return f"evaluation: {Path(plan.train_path).name}: {_told(loader.scan(), plan)}"
     except ValueError as error:
         raise ValueError(f"eval.data_path: {error}") from error
 
 
-def _scanned(loader: PromptLoader, plan: DataPlan) -> str:
-    report = loader.scan()
+def _told(report: ScanReport, plan: DataPlan) -> str:
     dropped = f", {report.too_long} too long (max_prompt_length {plan.max_prompt_length})" if report.too_long else ""
     bad = f", {len(report.bad_rows)} bad (skip_bad_rows), the first: {report.bad_rows[0]}" if report.bad_rows else ""
     return f"{report.usable} of {report.rows} rows usable, longest prompt {report.longest_prompt} tokens{dropped}{bad}"

@@ -143,8 +143,8 @@ def _sources(config: Config) -> None:
     for source, weights in rl.verifier_by_source.items():
         if not any(weights.values()):
             raise ValueError(
-                f"rl_config.verifier_by_source: {source} has {dict(weights) or 'no verifiers'}, so that every reward would be 0; give it a "
-                "verifier with a weight other than 0"
+                f"rl_config.verifier_by_source: {source} has {dict(weights) or 'no verifiers'}, so every reward would be 0; "
+                "give a verifier a weight other than 0"
             )
     named = REWARD_MODEL in {*(rl.verifier_function or ()), *(name for weights in rl.verifier_by_source.values() for name in weights)}
     if named != bool(rl.reward_model):

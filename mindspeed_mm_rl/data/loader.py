@@ -8,8 +8,9 @@ stream position 0, 1, 2, ... (epoch = position // rows, row = permutation of tha
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +37,8 @@ class ScanReport:
     """One sentence each, naming file and row."""
     longest_prompt: int
     """Tokens of the longest prompt, image tokens expanded; over max_prompt_length where rows are too long."""
+    sources: Mapping[str, int] = field(default_factory=dict)
+    """data_source -> rows of it that aren't bad."""
 
 
 class PromptLoader:
@@ -98,10 +101,13 @@ class PromptLoader:
         Raises ValueError for the first bad row (unless plan.skip_bad_rows) and when no row is usable.
         """
         lengths: list[int] = []
+        sources: Counter[str] = Counter()
         bad: list[ValueError] = []
         for number in tqdm(range(len(self.rows)), desc="checking data", unit="row", disable=None, leave=False):
             try:
-                lengths.append(self.builder.length(self.rows[number]))
+                row = self.rows[number]
+                lengths.append(self.builder.length(row))
+                sources[row.data_source] += 1
             except ValueError as error:
                 if not self._plan.skip_bad_rows:
                     raise
@@ -109,7 +115,7 @@ class PromptLoader:
         too_long = sum(length > self._plan.max_prompt_length for length in lengths)
         if too_long == len(lengths):
             raise self._nothing_usable(_Fruitless(len(self.rows), min(lengths, default=None), bad[0] if bad else None))
-        return ScanReport(len(self.rows), len(lengths) - too_long, too_long, tuple(map(str, bad)), max(lengths))
+        return ScanReport(len(self.rows), len(lengths) - too_long, too_long, tuple(map(str, bad)), max(lengths), sources)
 
     def state(self) -> dict[str, Any]:
         """Everything that decides what next_prompts returns, ready for JSON."""

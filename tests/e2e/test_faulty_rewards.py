@@ -1,4 +1,7 @@
-"""A whole run by the command, with rewards that hang, raise, crash and eat memory: it goes on, counts them, and writes for few eyes."""
+"""A whole run by the command, with rewards that hang, raise, crash and eat memory: it goes on, counts them, and writes for few eyes.
+
+A rule, a function and a reward model share the reward.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from pathlib import Path
 
 from mindspeed_mm_rl.sinks import read_records
+from tests.tiny import make_tiny_classifier, make_tiny_text
 from tests.unit.test_bad_input import CONFIG, row, write_rows
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,6 +35,11 @@ def fault(text, *rest):
 worker.score_sample = fault
 """
 """By the text of a response, one in sixteen each; the workers' self-check grades examples with a box."""
+FUNCTION = """
+def brief(data_source, solution_str, ground_truth, extra_info):
+    assert (data_source, ground_truth) == ("hiyouga/geometry3k", extra_info["answer"])
+    return {"score": 1 / (1 + len(solution_str)), "characters": len(solution_str)}
+"""
 COMMAND = """
 import os, sys
 os.umask(0o022)
@@ -45,7 +54,15 @@ main()
 def test_the_run_goes_on_and_counts(tiny_vl: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", [row(index) for index in range(4)])
     (tmp_path / "run.yaml").write_text(CONFIG.format(model=tiny_vl, data=data, folder=tmp_path))
-    options = [f"actor_config.save={tmp_path}/save", "rl_config.verifier_timeout=1", "rl_config.n_samples_per_prompt=8"]
+    (tmp_path / "mine.py").write_text(FUNCTION)
+    make_tiny_classifier(tmp_path / "classifier", make_tiny_text(tmp_path / "text"))
+    options = [
+        f"actor_config.save={tmp_path}/save",
+        "rl_config.verifier_timeout=1",
+        "rl_config.n_samples_per_prompt=8",
+        "rl_config.verifier_by_source.hiyouga/geometry3k={geo3k: 1, 'mine.py:brief': 0.1, reward_model: 0.01}",
+        f"rl_config.reward_model={tmp_path}/classifier",
+    ]
     (tmp_path / "faults.py").write_text(FAULTS)
     command = [sys.executable, "-c", COMMAND, str(tmp_path / "faults.py"), "train", "--config", str(tmp_path / "run.yaml"), *options]
     result = subprocess.run(
@@ -58,6 +75,9 @@ def test_the_run_goes_on_and_counts(tiny_vl: Path, tmp_path: Path) -> None:
     timeouts, crashes = (sum(record[f"rewards/{name}"] for record in records) for name in ("timeouts", "crashes"))
     assert 1 <= timeouts <= 12 and 4 <= crashes <= 24
     assert f"rewards/timeouts : {records[0]['rewards/timeouts']:.0f}" in result.stdout
+    assert all(0.0 < record["brief_rewards/mean"] < 1.0 < record["brief/characters_rewards/mean"] for record in records)
+    assert all(record["reward_model_rewards/mean"] != 0.0 and record["timing/reward_model"] > 0.0 for record in records)
+    assert "base_acc_rewards/mean" not in records[0]
     assert result.stderr.count("The sample gets the lowest score") == 1
     check_modes(tmp_path / "logs", tmp_path / "save")
 

@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing
 
 from tests.addresses import free_address
-from tests.parallel.update_ranks import SETTINGS, run
+from tests.parallel.update_ranks import CRITIC, SETTINGS, run
 
 
 # Five groups: uneven shares and micro-batches. One group: the second rank has nothing of its own.
@@ -18,7 +18,7 @@ def test_two_ranks_compute_the_gradient_of_one(groups: int, tiny_vl: Path, tmp_p
     for world in (1, 2):
         torch.multiprocessing.spawn(run, args=(world, tiny_vl, free_address(), tmp_path, groups), nprocs=world)
     one, two = (torch.load(tmp_path / f"{groups}_{world}.pt", weights_only=True) for world in (1, 2))
-    for name in SETTINGS:
+    for name in (*SETTINGS, CRITIC):
         (gradients, metrics), (split_gradients, split_metrics) = one[name], two[name]
         assert all(gradient.norm() > 0 for gradient in gradients.values())
         for key, gradient in gradients.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ SETTINGS = {
     "dapo_token_level": {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28},
     "dapo_sequence_level": {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "token_level_loss": False},
 }
+CRITIC = "ppo_critic"
 
 
 def make_batch() -> Batch:
@@ -38,6 +40,8 @@ def make_batch() -> Batch:
         image_keys=((),) * 10,
         rewards=(1.0, 0.0) * 5,
         samples_per_prompt=2,
+        values=Ragged(flat * 0.5, RESPONSE_LENGTHS),
+        returns=Ragged(flat * 0.5 + flat.roll(1), RESPONSE_LENGTHS),
     )
 
 
@@ -47,9 +51,10 @@ def run(rank: int, world: int, model: Path, address: str, folder: Path, groups: 
 
     device.adapt_megatron()
     device.set_threads(1)
-    from mindspeed_mm_rl.algorithms.losses import PolicyLossSettings, clipped_policy_loss
+    from mindspeed_mm_rl.algorithms.losses import PolicyLossSettings, ValueLossSettings, clipped_policy_loss, clipped_value_loss
     from mindspeed_mm_rl.engines.base import UpdateRequest
     from mindspeed_mm_rl.engines.megatron import process_groups
+    from mindspeed_mm_rl.engines.megatron.critic import MegatronCriticEngine
     from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
 
     plan = train_plan(model, max_samples_per_micro_batch=2, optimizer=optimizer_plan(clip_grad=0.0))
@@ -57,13 +62,20 @@ def run(rank: int, world: int, model: Path, address: str, folder: Path, groups: 
     batch = make_batch().select(range(2 * groups))
     weights = [sum(batch.total_lengths()[2 * g : 2 * g + 2]) for g in range(groups)]
     share = [row for group in balanced_shares(weights, world)[rank] for row in (2 * group, 2 * group + 1)]
-    answers = {}
+    request = UpdateRequest(batch, share, float(batch.loss_mask.values.sum()), float(len(batch)))
+    critic = MegatronCriticEngine(plan)
+    # A new head is zero, and then nothing below it has a gradient.
+    torch.nn.init.normal_(critic.network.text_decoder.output_layer.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    metrics = critic.update(request, {}, functools.partial(clipped_value_loss, settings=ValueLossSettings(0.2)))
+    answers = {CRITIC: (_gradients(critic), metrics)}
     for name, settings in SETTINGS.items():
         engine = MegatronTrainEngine(plan, with_reference=False, entropy_bonus=False, publish_vision=False)
-        request = UpdateRequest(batch, share, float(batch.loss_mask.values.sum()), float(len(batch)))
         metrics = engine.update(request, {}, functools.partial(clipped_policy_loss, settings=PolicyLossSettings(**settings)))
-        gradients = {key: p.main_grad.clone() for key, p in engine.policy.named_parameters() if p.requires_grad}
-        answers[name] = (gradients, metrics)
+        answers[name] = (_gradients(engine), metrics)
     if rank == 0:
         torch.save(answers, folder / f"{groups}_{world}.pt")
     process_groups.destroy()
+
+
+def _gradients(engine: Any) -> dict[str, torch.Tensor]:
+    return {key: p.main_grad.clone() for key, p in engine.network.named_parameters() if p.requires_grad}

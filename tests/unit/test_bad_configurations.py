@@ -115,10 +115,10 @@ RULES = {
     ),
     "rl_config.verifier_weight=[0]": "rl_config.verifier_weight is [0.0]: every reward would be 0; give a weight other than 0",
     "rl_config.verifier_by_source.gsm8k.acc=0": (
-        "rl_config.verifier_by_source: gsm8k has {{'acc': 0.0}}, so that every reward would be 0; give it a verifier with a weight other than 0"
+        "rl_config.verifier_by_source: gsm8k has {{'acc': 0.0}}, so every reward would be 0; give a verifier a weight other than 0"
     ),
     "rl_config.verifier_by_source.gsm8k=[]": (
-        "rl_config.verifier_by_source: gsm8k has no verifiers, so that every reward would be 0; give it a verifier with a weight other than 0"
+        "rl_config.verifier_by_source: gsm8k has no verifiers, so every reward would be 0; give a verifier a weight other than 0"
     ),
     "rl_config.verifier_function=reward_model": (
         "rl_config.verifier_function names reward_model, but rl_config.reward_model is not given; give a sequence classifier's folder"
@@ -196,13 +196,12 @@ AGAINST_FILES = {
         "reward_model, or path/to/file.py:name"
     ),
     "rl_config.verifier_function=none.py:f": "rl_config.verifier_function: none.py doesn't exist (looked in {folder}, {repository})",
-    "rl_config.verifier_function=mine.py:missing": "rl_config.verifier_function: {folder}/mine.py has no function 'missing'",
     "rl_config.verifier_function=reward_model rl_config.reward_model={folder}": (
         "rl_config.reward_model: {folder} holds no config.json; give the folder of a Hugging Face sequence classifier"
     ),
     "rl_config.verifier_by_source.gsm8k=step rl_config.filter_groups_enable=true rl_config.filter_groups_metric=geo3k": (
         "rl_config.verifier_by_source: gsm8k: rl_config.filter_groups_metric is 'geo3k', but the scores of this run are step, accuracy, "
-        "acc, acc_for_dapo, score; did you mean 'score'?"
+        "acc, acc_for_dapo, score; did you mean 'step'?"
     ),
     "rl_config.filter_groups_enable=true rl_config.filter_groups_metric=geo": (
         "rl_config.filter_groups_metric is 'geo', but the scores of this run are geo3k, geo3k_acc, geo3k_format, accuracy, acc, "
@@ -254,7 +253,6 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_vl: Path) -> dict[str, 
     """A sound configuration in {folder}/run.yaml, and what the sentences say of this machine."""
     folder = tmp_path_factory.mktemp("run")
     data = write_rows(folder / "data", [row(index) for index in range(4)])
-    (folder / "mine.py").write_text("score = 1\n")
     (folder / "run.yaml").write_text(CONFIG.format(model=tiny_vl, data=data, folder=folder))
     from mindspeed_mm_rl.rewards.registry import VERIFIERS
 

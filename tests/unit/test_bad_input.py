@@ -103,6 +103,21 @@ def test_a_folder_for_saves_that_is_a_file(config):
     assert "actor_config.save" in line and "can't be written to" in line and "is a file" in line
 
 
+def test_a_reward_function_that_cannot_be_used(config):
+    """Looked up beside the YAML; only a grading process runs the file."""
+    (config.parent / "mine.py").write_text("score = 1\n\ndef reward(text):\n    return 1.0\n")
+    assert refused(config, "rl_config.verifier_function=mine.py:missing").endswith(f"{config.parent}/mine.py has no function 'missing'")
+    assert "mine.py:reward must take (data_source, solution_str" in refused(config, "rl_config.verifier_function=mine.py:reward")
+
+
+def test_a_source_without_a_row(config):
+    """Its rows would silently go by the verifiers of all others."""
+    error = refused(config, "rl_config.verifier_by_source.hiyouga/geometry=geo3k")
+    assert error.endswith("is of data_source 'hiyouga/geometry'; its sources are 'hiyouga/geometry3k' (4 rows)")
+    code, output, _ = train(config, "rl_config.verifier_by_source.hiyouga/geometry3k=[geo3k,step]")
+    assert code == 0 and "rows: 4 of hiyouga/geometry3k by geo3k, step" in output
+
+
 def test_a_filter_metric_that_no_verifier_computes(config):
     line = refused(config, "rl_config.filter_groups_enable=true", "rl_config.filter_groups_metric=acc_for_dpo")
     assert "acc_for_dpo" in line and "acc_for_dapo" in line
