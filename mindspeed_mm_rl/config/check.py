@@ -23,7 +23,7 @@ def check(config: Config) -> None:
     """Every rule that the configuration alone decides. Raises ValueError for the first one that is broken."""
     for rule in (
         _required, _stage, _lengths, _sequences, _sampling, _groups, _batches, _dtype, _learning_rate, _pixels, _rewards, _sources,
-        _overlong, _clip, _parallel, _critic, _evaluation,
+        _overlong, _clip, _parallel, _critic, _evaluation, _kl_in_reward,
     ):  # fmt: skip
         rule(config)
 
@@ -41,6 +41,24 @@ def _stage(config: Config) -> None:
     given, own = config.rl_config.adv_estimator, "gae" if STAGES[stage].has_critic else "group_norm"
     if given not in (None, own):
         raise ValueError(f"rl_config.adv_estimator ({given}) must be {own} for megatron_training.stage {stage}; set it or remove it")
+
+
+def _kl_in_reward(config: Config) -> None:
+    rl = config.rl_config
+    if rl.use_kl_in_reward and not kl_coef(config):
+        raise ValueError(
+            f"rl_config.use_kl_in_reward (true) needs rl_config.init_kl_coef > 0, but {config.actor_config.stage} "
+            + (
+                f"has {rl.init_kl_coef}; set init_kl_coef, for example to 0.001"
+                if config.actor_config.stage != "ray_dapo"
+                else "has no KL term; set use_kl_in_reward to false or take ray_grpo"
+            )
+        )
+
+
+def kl_coef(config: Config) -> float:
+    """ray_dapo has no KL term, whatever init_kl_coef says."""
+    return 0.0 if config.actor_config.stage == "ray_dapo" else config.rl_config.init_kl_coef
 
 
 def _lengths(config: Config) -> None:

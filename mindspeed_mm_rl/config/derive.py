@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from mindspeed_mm_rl.config.check import REWARD_MODEL, check, check_model, train_prompts
+from mindspeed_mm_rl.config.check import REWARD_MODEL, check, check_model, kl_coef, train_prompts
 from mindspeed_mm_rl.config.load import read_runtime_env
 from mindspeed_mm_rl.config.model_file import ModelChoices, compare_architecture, find_file, is_vision_model, model_choices, read_hf_config
 from mindspeed_mm_rl.config.plan import (
@@ -298,7 +298,7 @@ def _recipe(config: Config) -> RecipePlan:
         clip_ratio_high=rl.clip_ratio_high if rl.clip_higher_enable else rl.clip_ratio,
         token_level_loss=rl.token_level_loss,
         kl_penalty=rl.kl_penalty,
-        kl_coef=0.0 if algorithm == "dapo" else rl.init_kl_coef,
+        kl_coef=kl_coef(config),
         kl_ctrl_type=rl.kl_ctrl_type,
         kl_target=rl.kl_target,
         kl_horizon=rl.kl_horizon,

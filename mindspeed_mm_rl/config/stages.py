@@ -30,7 +30,7 @@ _KL_OF_REWARD = {"kl_penalty": "kl"}
 STAGES: dict[str, Stage] = {
     "ray_grpo": Stage("grpo"),
     "ray_dapo": Stage("dapo"),
-    "ray_ppo": Stage("ppo", compares_samples=False, has_critic=True),
+    "ray_ppo": Stage("ppo", _NO_KL, "arXiv 1707.06347", compares_samples=False, has_critic=True),
     "ray_dr_grpo": Stage("dr_grpo", _NO_KL, "arXiv 2503.20783"),
     "ray_rloo": Stage("rloo", _KL_OF_REWARD, "arXiv 2402.14740"),
     "ray_reinforce_plus_plus": Stage("reinforce_plus_plus", _KL_OF_REWARD, "arXiv 2501.03262", compares_samples=False),

@@ -184,6 +184,8 @@ def test_text_and_pictures_have_their_own_default_reward(tmp_path):
 BROKEN_RULES = [
     (["megatron_training.train_iters=null"], "megatron_training.train_iters is missing"),
     (["megatron_training.stage=dpo"], "stage: dpo isn't offered"),
+    (["megatron_training.stage=ray_ppo", "rl_config.use_kl_in_reward=true"], r"use_kl_in_reward \(true\) needs rl_config.init_kl_coef > 0"),
+    (["rl_config.use_kl_in_reward=true"], "ray_dapo has no KL term; set use_kl_in_reward to false"),
     (["rl_config.adv_estimator=gae"], r"adv_estimator \(gae\) must be group_norm for megatron_training.stage ray_dapo"),
     (["megatron_training.stage=ray_ppo", "rl_config.adv_estimator=group_norm"], r"\(group_norm\) must be gae"),
     (
