@@ -1,26 +1,24 @@
-"""The one Hugging Face <-> megatron table: names, shapes and layouts of every weight, as data.
+"""Every weight of a model by both of its names, from config.json: the table of name_rules.py applied to one model.
 
-Megatron names are those of MindSpeed-MM (`image_encoder.*`, `text_decoder.*`); Hugging Face names are the classic ones on disk
-(`model.layers.*`, `visual.*`, `lm_head.weight`). A new family is a new entry of FAMILIES. Standard library only.
+Standard library only.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal["copy", "qkv", "gate_up", "vision_qkv"]
-Split = Literal["replicated", "rows", "columns", "glu_rows"]
-Part = Literal["vision", "projector", "text"]
-Head = Literal["vocabulary", "value"]
+from mindspeed_mm_rl.models.name_rules import FAMILIES, Block, Kind, Part, Place, Rule, Split
+
 Shape = tuple[int, ...]
 
 PARTS: tuple[Part, ...] = ("vision", "projector", "text")
 EMBEDDING = "text_decoder.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "text_decoder.output_layer.weight"
+HF_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -28,140 +26,58 @@ class Entry:
     """One megatron weight and the Hugging Face weights it is made of.
 
     Example: Entry("text_decoder.decoder.layers.0.mlp.linear_fc1.weight", ("model.layers.0.mlp.gate_proj.weight",
-    "model.layers.0.mlp.up_proj.weight"), "gate_up", "glu_rows", "text", ((128, 64), (128, 64)), 1)
+    "model.layers.0.mlp.up_proj.weight"), "gate_up", "glu_rows", "text", ((128, 64), (128, 64)), 1,
+    "text_decoder.decoder.layers.{n}.mlp.linear_fc1.weight", "layer", 0)
     """
 
     mm: str
     hf: tuple[str, ...]
     kind: Kind
     """copy: the same tensor. qkv: q, k, v rows regrouped per key/value group (its q heads, its k head, its v head).
-    vision_qkv: fused [Q | K | V] rows regrouped per head. gate_up: gate rows, then up rows."""
+    vision_qkv: fused [Q | K | V] rows regrouped per head. gate_up: one after the other, gate rows, then up rows.
+    grouped_fc1, grouped_fc2: all experts of a rank in one matrix, transposed (hf: gate, up of each expert; down of each expert)."""
     split: Split
-    """How tensor parallelism cuts the megatron weight: rows = dimension 0, columns = dimension 1, glu_rows = dimension 0 of each half."""
+    """How tensor parallelism cuts the megatron weight: rows = dimension 0, columns = dimension 1, glu_rows = dimension 0 of each half,
+    row_thirds = dimension 0 of each third."""
     part: Part
     hf_shapes: tuple[Shape, ...]
     groups: int
-    """Key/value groups of qkv, heads of vision_qkv, else 1."""
+    """Key/value groups of qkv, heads of vision_qkv; of other weights what must not be cut apart along the split, 1 when anything may."""
+    pattern: str = ""
+    """mm with {n} for the layer number and {e} for the expert's."""
+    place: Place = "layer"
+    layer: int | None = None
+    expert: int | None = None
+    padded_rows: int = 0
+    """Rows of a vocabulary that is padded at its end; 0: as config.json says."""
 
     @property
     def mm_shape(self) -> Shape:
+        match self.kind:
+            case "grouped_fc1":
+                return (self.hf_shapes[0][1], sum(shape[0] for shape in self.hf_shapes))
+            case "grouped_fc2":
+                return (sum(shape[1] for shape in self.hf_shapes), self.hf_shapes[0][0])
         return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
 
+    @property
+    def units(self) -> int:
+        """How many pieces tensor parallelism may cut the weight into at most, each of the same size; 0: it is never cut."""
+        match self.split:
+            case "replicated":
+                return 0
+            case _ if self.groups > 1 or self.kind in ("qkv", "vision_qkv"):
+                return self.groups
+            case "columns":
+                return self.hf_shapes[0][1]
+            case "row_thirds":
+                return self.hf_shapes[0][0] // 3
+        return self.padded_rows or self.hf_shapes[0][0]
 
-@dataclass(frozen=True)
-class Rule:
-    """A line of the table; shapes are names of sizes."""
+    def local_name(self, layer: int | None, expert: int | None = None) -> str:
+        """The name in a file whose layers and experts are counted from its own first one."""
+        return self.pattern.format(n=layer, e=expert)
 
-    mm: str
-    hf: tuple[str, ...]
-    shapes: tuple[str, ...]
-    kind: Kind = "copy"
-    split: Split = "replicated"
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rules under a common prefix, repeated for every layer when `repeat` names a size ({n} in the prefixes is the layer number)."""
-
-    mm: str
-    hf: str
-    part: Part
-    rules: tuple[Rule, ...]
-    repeat: str = ""
-    head: Head | None = None
-    """Of the kind of model that has these rules; None: every kind."""
-
-
-def _weight(mm: str, hf: str, shape: str, split: Split = "replicated") -> Rule:
-    return Rule(f"{mm}.weight", (f"{hf}.weight",), (shape,), "copy", split)
-
-
-def _bias(mm: str, hf: str, shape: str, split: Split = "replicated") -> Rule:
-    return Rule(f"{mm}.bias", (f"{hf}.bias",), (shape,), "copy", split)
-
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_QKV_WEIGHT = Rule(
-    "self_attention.linear_qkv.weight",
-    tuple(f"{name}.weight" for name in _QKV),
-    ("query_rows hidden", "kv_rows hidden", "kv_rows hidden"),
-    "qkv",
-    "rows",
-)
-_QKV_BIAS = Rule(
-    "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), ("query_rows", "kv_rows", "kv_rows"), "qkv", "rows"
-)
-_QK_NORM = (
-    _weight("self_attention.q_layernorm", "self_attn.q_norm", "head_dim"),
-    _weight("self_attention.k_layernorm", "self_attn.k_norm", "head_dim"),
-)
-_DENSE_LAYER = (
-    _weight("input_layernorm", "input_layernorm", "hidden"),
-    _weight("self_attention.linear_proj", "self_attn.o_proj", "hidden query_rows", "columns"),
-    _weight("pre_mlp_layernorm", "post_attention_layernorm", "hidden"),
-    Rule("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), ("ffn hidden", "ffn hidden"), "gate_up", "glu_rows"),
-    _weight("mlp.linear_fc2", "mlp.down_proj", "hidden ffn", "columns"),
-)
-_TEXT_ENDS = (
-    Block("text_decoder.embedding.", "model.", "text", (_weight("word_embeddings", "embed_tokens", "vocab hidden", "rows"),)),
-    Block("text_decoder.decoder.", "model.", "text", (_weight("final_layernorm", "norm", "hidden"),)),
-    Block("text_decoder.", "", "text", (_weight("output_layer", "lm_head", "vocab hidden", "rows"),), head="vocabulary"),
-    Block("text_decoder.", "", "text", (_weight("output_layer", "score", "scores hidden"),), head="value"),
-)
-
-
-def _decoder(*layer: Rule) -> tuple[Block, ...]:
-    return (*_TEXT_ENDS, Block("text_decoder.decoder.layers.{n}.", "model.layers.{n}.", "text", layer, repeat="layers"))
-
-
-_VISION_LAYER = (
-    _weight("input_layernorm", "norm1", "vision_hidden"),
-    Rule("self_attention.linear_qkv.weight", ("attn.qkv.weight",), ("vision_qkv_rows vision_hidden",), "vision_qkv", "rows"),
-    Rule("self_attention.linear_qkv.bias", ("attn.qkv.bias",), ("vision_qkv_rows",), "vision_qkv", "rows"),
-    _weight("self_attention.linear_proj", "attn.proj", "vision_hidden vision_hidden", "columns"),
-    _bias("self_attention.linear_proj", "attn.proj", "vision_hidden"),
-    _weight("pre_mlp_layernorm", "norm2", "vision_hidden"),
-    Rule(
-        "mlp.linear_fc1.weight",
-        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        ("vision_ffn vision_hidden", "vision_ffn vision_hidden"),
-        "gate_up",
-        "glu_rows",
-    ),
-    Rule("mlp.linear_fc1.bias", ("mlp.gate_proj.bias", "mlp.up_proj.bias"), ("vision_ffn", "vision_ffn"), "gate_up", "glu_rows"),
-    _weight("mlp.linear_fc2", "mlp.down_proj", "vision_hidden vision_ffn", "columns"),
-    _bias("mlp.linear_fc2", "mlp.down_proj", "vision_hidden"),
-)
-_QWEN2_5_VISION = (
-    Block(
-        "image_encoder.encoder.",
-        "visual.",
-        "vision",
-        (_weight("patch_embed.proj", "patch_embed.proj", "vision_hidden channels temporal_patch patch patch"),),
-    ),
-    Block("image_encoder.encoder.blocks.layers.{n}.", "visual.blocks.{n}.", "vision", _VISION_LAYER, repeat="vision_layers"),
-    Block(
-        "image_encoder.projector.",
-        "visual.merger.",
-        "projector",
-        (
-            _weight("layernorm", "ln_q", "vision_hidden"),
-            _weight("encoder.linear_fc1", "mlp.0", "merged merged", "rows"),
-            _bias("encoder.linear_fc1", "mlp.0", "merged", "rows"),
-            _weight("encoder.linear_fc2", "mlp.2", "vision_out merged", "columns"),
-            _bias("encoder.linear_fc2", "mlp.2", "vision_out"),
-        ),
-    ),
-)
-_QWEN2_DECODER = _decoder(_QKV_WEIGHT, _QKV_BIAS, *_DENSE_LAYER)
-
-FAMILIES: dict[str, tuple[Block, ...]] = {
-    "llama": _decoder(_QKV_WEIGHT, *_DENSE_LAYER),
-    "qwen2": _QWEN2_DECODER,
-    "qwen2_5_vl": (*_QWEN2_5_VISION, *_QWEN2_DECODER),
-    "qwen3": _decoder(_QKV_WEIGHT, *_QK_NORM, *_DENSE_LAYER),
-}
-"""model_type of config.json -> its blocks."""
 
 _SCORING = "ForSequenceClassification"
 _IGNORED_ENDS = (".rotary_emb.inv_freq", "._extra_state")
@@ -211,15 +127,50 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
         "hidden": _size(text, "hidden_size"),
         "ffn": _size(text, "intermediate_size"),
         "vocab": _size(text, "vocab_size"),
+        "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "query_rows": heads * head_dim,
         "kv_rows": kv_heads * head_dim,
         "scores": 1,
+        "experts": 0,
     }
+    if "moe_intermediate_size" in text:
+        values |= _expert_sizes(text)
+    if "kv_lora_rank" in text:
+        values |= _latent_sizes(text, heads)
     if "vision_config" in config:
         values |= _vision_sizes(config["vision_config"])
     return values
+
+
+def _expert_sizes(text: Mapping[str, Any]) -> dict[str, int]:
+    counts = [int(text[key]) for key in ("n_routed_experts", "num_experts", "num_local_experts") if text.get(key)]
+    if not counts:
+        raise ValueError("config.json has moe_intermediate_size but neither n_routed_experts nor num_experts")
+    width = _size(text, "moe_intermediate_size")
+    return {"experts": counts[0], "expert_ffn": width, "shared_ffn": width * int(text.get("n_shared_experts") or 0)}
+
+
+def _latent_sizes(text: Mapping[str, Any], heads: int) -> dict[str, int]:
+    plain, turned, value = (_size(text, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    return {
+        "q_lora": int(text.get("q_lora_rank") or 0),
+        "kv_lora": _size(text, "kv_lora_rank"),
+        "kv_down": _size(text, "kv_lora_rank") + turned,
+        "mla_query_rows": heads * (plain + turned),
+        "mla_kv_rows": heads * (plain + value),
+        "mla_out": heads * value,
+    }
+
+
+def expert_layers(config: Mapping[str, Any]) -> frozenset[int]:
+    """Numbers of the layers that have experts instead of one MLP."""
+    text = {**config, **config.get("text_config", {})}
+    if "moe_intermediate_size" not in text:
+        return frozenset()
+    first, step, dense = text.get("first_k_dense_replace", 0), text.get("decoder_sparse_step", 1), set(text.get("mlp_only_layers") or ())
+    return frozenset(n for n in range(_size(text, "num_hidden_layers")) if n >= first and (n + 1) % step == 0 and n not in dense)
 
 
 def _vision_sizes(vision: Mapping[str, Any]) -> dict[str, int]:
@@ -259,19 +210,42 @@ def entries(config: Mapping[str, Any]) -> list[Entry]:
 
     A tied output layer has no entry, the score of a value head has one. Raises ValueError for an unknown model_type or a missing size.
     """
-    blocks, known = family(config), sizes(config)
+    blocks, known, sparse = family(config), sizes(config), expert_layers(config)
     heads = (None, "value") if has_value_head(config) else (None,) if is_tied(config) else (None, "vocabulary")
     return [
-        _entry(block, rule, layer, known)
+        _entry(block, rule, layer, expert, known)
         for block in blocks
-        if block.head in heads
-        for layer in range(known[block.repeat] if block.repeat else 1)
+        if block.head in heads and _is_needed(block, known)
+        for layer in _layers(block, known, sparse)
+        for expert in (range(known["experts"]) if block.experts else (None,))
         for rule in block.rules
     ]
 
 
-def _entry(block: Block, rule: Rule, layer: int, known: Mapping[str, int]) -> Entry:
-    mm, hf = block.mm.format(n=layer), block.hf.format(n=layer)
-    groups = {"qkv": known["kv_heads"], "vision_qkv": known.get("vision_heads", 1)}.get(rule.kind, 1)
+def tied_output(config: Mapping[str, Any]) -> Entry:
+    """The output layer of a tied model as a weight of its own: what a pipeline's last stage has when the embedding is in another."""
+    known = sizes(config)
+    shapes = ((known["vocab"], known["hidden"]),)
+    return Entry(OUTPUT_LAYER, (HF_EMBEDDING,), "copy", "rows", "text", shapes, 1, OUTPUT_LAYER, "last")
+
+
+def _is_needed(block: Block, known: Mapping[str, int]) -> bool:
+    return not block.needs or bool(known[block.needs.lstrip("!")]) != block.needs.startswith("!")
+
+
+def _layers(block: Block, known: Mapping[str, int], sparse: frozenset[int]) -> Iterator[int | None]:
+    if not block.repeat:
+        yield None
+        return
+    for layer in range(known[block.repeat]):
+        if block.layers == "all" or (block.layers == "moe") == (layer in sparse):
+            yield layer
+
+
+def _entry(block: Block, rule: Rule, layer: int | None, expert: int | None, known: Mapping[str, int]) -> Entry:
+    pattern, hf = block.mm + rule.mm, block.hf.format(n=layer, e=expert)
     shapes = tuple(tuple(known[size] for size in shape.split()) for shape in rule.shapes)
-    return Entry(mm + rule.mm, tuple(hf + name for name in rule.hf), rule.kind, rule.split, block.part, shapes, groups)
+    groups = known[rule.unit] if rule.unit else 1
+    names = tuple(hf + name for name in rule.hf)
+    mm = pattern.format(n=layer, e=expert)
+    return Entry(mm, names, rule.kind, rule.split, block.part, shapes, groups, pattern, block.place, layer, expert)

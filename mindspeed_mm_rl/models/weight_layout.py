@@ -94,21 +94,36 @@ def join(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
             return tensors[0].unflatten(0, (3, entry.groups, -1)).transpose(0, 1).flatten(0, 2)
         case "qkv":
             return torch.cat([tensor.unflatten(0, (entry.groups, -1)) for tensor in tensors], 1).flatten(0, 1)
+        case "grouped_fc1":
+            experts = [torch.cat(list(tensors[n : n + 2])).t() for n in range(0, len(tensors), 2)]
+            return torch.stack(experts).reshape(entry.mm_shape)
+        case "grouped_fc2":
+            return torch.stack([tensor.t() for tensor in tensors]).flatten(0, 1)
 
 
 def separate(entry: Entry, tensor: Tensor) -> tuple[Tensor, ...]:
     """The Hugging Face tensors of an entry's megatron weight."""
+    return tuple(separate_one(entry, tensor, index) for index in range(len(entry.hf)))
+
+
+def separate_one(entry: Entry, tensor: Tensor, index: int) -> Tensor:
+    """The Hugging Face tensor entry.hf[index] alone."""
     rows = [shape[0] for shape in entry.hf_shapes]
     match entry.kind:
         case "copy":
-            return (tensor,)
+            return tensor
         case "gate_up":
-            return tensor.split(rows)
+            return tensor.narrow(0, sum(rows[:index]), rows[index])
         case "vision_qkv":
-            return (tensor.unflatten(0, (entry.groups, 3, -1)).transpose(0, 1).flatten(0, 2),)
+            return tensor.unflatten(0, (entry.groups, 3, -1)).transpose(0, 1).flatten(0, 2)
         case "qkv":
-            per_group = tensor.unflatten(0, (entry.groups, -1)).split([count // entry.groups for count in rows], 1)
-            return tuple(part.flatten(0, 1) for part in per_group)
+            per_group = [count // entry.groups for count in rows]
+            return tensor.unflatten(0, (entry.groups, -1)).narrow(1, sum(per_group[:index]), per_group[index]).flatten(0, 1)
+        case "grouped_fc1":
+            expert = tensor.view(len(rows) // 2, tensor.shape[0], -1)[index // 2].t()
+            return expert.narrow(0, rows[index - 1] if index % 2 else 0, rows[index])
+        case "grouped_fc2":
+            return tensor.unflatten(0, (len(rows), -1))[index].t()
 
 
 def check_shape(name: str, shape: Sequence[int], expected: Shape) -> None:

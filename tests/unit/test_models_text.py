@@ -123,7 +123,7 @@ def test_a_round_trip_gives_the_same_file(policy, folder):
 
 
 def test_each_family_has_a_row_of_names():
-    assert families.FAMILIES.keys() == names.FAMILIES.keys()
+    assert families.FAMILIES.keys() <= names.FAMILIES.keys()
     for model_type, family in families.FAMILIES.items():
         rules = {rule.mm for block in names.FAMILIES[model_type] for rule in block.rules}
         parts = {block.part for block in names.FAMILIES[model_type]}

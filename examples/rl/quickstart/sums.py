@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-TERMS = 3
-LARGEST = 20
+TERMS = 4
+LARGEST = 9
 """Of the numbers that are written; totals reach three times as high."""
 SPLITS = {"warm_start/train": 3000, "warm_start/test": 200, "rl/train": 6000, "rl/test": 256}
 DATA_SOURCE = "chain_sum"

@@ -21,7 +21,7 @@ from mindspeed_mm_rl.data.chat import ChatRenderer
 
 BATCH = 64
 SLIPS = 0.3
-STOP = 0.3
+STOP = 0.4
 MAX_NEW_TOKENS = 28
 IGNORED = -100
 
@@ -73,5 +73,5 @@ def warm_start(random_model: Path, data: Path, out: Path, seed: int) -> None:
     problems, held_out = (Sums(random_model, data / f"{split}.jsonl") for split in ("train", "test"))
     model = Qwen2ForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     loss = partial(solution_loss, model, problems, random.Random(seed), SLIPS)
-    train(model, loss, partial(accuracy, model, held_out), Stage("warm start", stop=STOP, steps=3000, first_look=200, look_every=25))
+    train(model, loss, partial(accuracy, model, held_out), Stage("warm start", stop=STOP, steps=3000, first_look=150, look_every=10))
     save(model, random_model, out)
