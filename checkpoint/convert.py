@@ -1,82 +1,164 @@
-"""The two conversions: Hugging Face -> MindSpeed-MM layout, and MindSpeed-MM layout or training save -> Hugging Face."""
+"""The conversions: Hugging Face -> files of ranks, files of ranks or a training save -> Hugging Face, files of ranks -> of other ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
-
-from checkpoint.layouts import check_target, copy_side_files, new_folder, write_config, write_mm, write_safetensors
-from checkpoint.options import HfToMmOptions, MmToHfOptions, check_layout
-from mindspeed_mm_rl.models.names import PARTS, Part, entries, has_value_head, with_value_head
-from mindspeed_mm_rl.models.weight_files import FolderKind, check_weights, open_weights, read_config
-from mindspeed_mm_rl.models.weight_layout import iterate_megatron, to_hf
+from checkpoint.folders import check_target, copy_side_files, new_folder, write_config
+from checkpoint.guess import config_of_ranks
+from checkpoint.layouts import check_found, layout_from, unseen_in
+from checkpoint.options import FormatOptions, HfToDcpOptions, HfToMmOptions, MmToHfOptions, ParallelConfig, ResplitOptions
+from checkpoint.rank_writer import CHECKPOINT_VERSION, pending, point_to, rank_jobs
+from checkpoint.safetensors_writer import plan_shards, write_index, write_safetensors_file
+from checkpoint.saved_writer import write_saved
+from checkpoint.sources import HuggingFaceSource, RankSource, Source, known_files, known_names, open_source
+from checkpoint.torch_writer import Pending
+from checkpoint.training_yaml import check_training_yaml
+from checkpoint.work import Job, Work
+from mindspeed_mm_rl.models.name_rules import Part
+from mindspeed_mm_rl.models.names import PARTS, has_value_head, transformers_5_name, with_value_head
+from mindspeed_mm_rl.models.placement import Layout, placement
+from mindspeed_mm_rl.models.rank_files import open_ranks, spoken_entries
+from mindspeed_mm_rl.models.weight_files import ACTOR_FOLDER, CRITIC_FOLDER, RELEASE, FolderKind, WeightFolder, read_config, recognise
 
 _VISION_PARTS: tuple[Part, ...] = ("vision", "projector")
 
 
 def hf_to_mm(cfg: HfToMmOptions) -> None:
-    """Writes a Hugging Face model in the MindSpeed-MM layout, for actor_config.load, reference and vit_config.load.
+    """Writes a Hugging Face model as files of ranks, for actor_config.load, reference and vit_config.load.
 
     Raises ValueError, before anything is written, when layout, weights and config.json do not agree.
     """
-    source, target = Path(cfg.hf_config.hf_dir).expanduser(), Path(cfg.mm_dir).expanduser()
-    config = _read_config(source, cfg.orm)
-    check_layout(cfg.parallel_config, cfg.common_model_config, config, cfg.hf_config.hf_dir)
+    source_dir, target = Path(cfg.hf_config.hf_dir).expanduser(), Path(cfg.mm_dir).expanduser()
+    config = model_config(source_dir, cfg.orm)
+    layout = layout_from(cfg.parallel_config, cfg.common_model_config, cfg.format, config)
     parts = _VISION_PARTS if cfg.save_vit_only else PARTS
     if cfg.save_vit_only and "vision_config" not in config:
-        raise ValueError(f"save_vit_only is true but the model in {source} ({config.get('model_type')}) has no vision encoder")
+        raise ValueError(f"save_vit_only is true but the model in {source_dir} ({config.get('model_type')}) has no vision encoder")
+    if cfg.training_yaml:
+        role = "critic_config" if has_value_head(config) else "actor_config"
+        check_training_yaml(Path(cfg.training_yaml).expanduser(), layout, role, cfg.save_vit_only)
     check_target(target)
-    found = check_weights(source, config, parts)
-    _expect(("hf",), found.kind, source, "hf_to_mm reads a Hugging Face folder")
-    tensors = iterate_megatron(open_weights(found), config, parts)
-    with new_folder(target) as folder:
-        # torch.save takes one object: the whole model is in memory here, as it is in the reader.
-        write_mm(folder, dict(_with_progress(tensors, _count(config, parts, "mm"), "hf_to_mm")))
+    found = expect(("hf",), source_dir, config, "hf_to_mm reads a Hugging Face folder")
+    source = open_source(found, config, parts)
+    _write_ranks("hf_to_mm", target, source, layout, config, parts, cfg.workers)
+    _say_left_out(source)
     print(f"wrote {target} ({'the vision encoder alone' if cfg.save_vit_only else 'load it as actor_config.load'})")
 
 
 def mm_to_hf(cfg: MmToHfOptions) -> None:
-    """Writes a Hugging Face folder from the MindSpeed-MM layout or a training save; other files are copied from hf_config.hf_dir.
+    """Writes a Hugging Face folder from files of ranks or a training save; other files are copied from hf_config.hf_dir.
 
     Raises ValueError, before anything is written, when layout, weights and config.json do not agree.
     """
-    source, target, hf_dir = (Path(name).expanduser() for name in (cfg.mm_dir, cfg.save_hf_dir, cfg.hf_config.hf_dir))
-    config = _read_config(hf_dir, cfg.orm)
+    source_dir, target, hf_dir = (Path(name).expanduser() for name in (cfg.mm_dir, cfg.save_hf_dir, cfg.hf_config.hf_dir))
+    config = model_config(hf_dir, cfg.orm)
     if has_value_head(config) and "vision_config" in config:
         raise ValueError(
             f"Hugging Face has no sequence classification class for {config['model_type']}: a critic of it stays as it was saved"
         )
-    check_layout(cfg.parallel_config, cfg.common_model_config, config, cfg.hf_config.hf_dir)
     check_target(target)
-    found = check_weights(source, config)
-    _expect(("mm", "training"), found.kind, source, "mm_to_hf reads the output of hf_to_mm or a training save")
-    tensors = to_hf(open_weights(found), config)
+    found = expect(("mm", "ranks", "training"), source_dir, config, "mm_to_hf reads files of ranks or a training save")
+    source = open_source(found, config, PARTS, unseen_in(cfg.format))
+    if isinstance(source, RankSource):
+        check_found(cfg.parallel_config, source.layout, source_dir)
+        if source.parts != PARTS:
+            raise ValueError(f"{source_dir} holds the vision encoder alone, which is no Hugging Face model; give the whole model's folder")
+    names = known_names(hf_dir)
+    if cfg.common_model_config.new_transformers_weight_key:
+        names = {name: transformers_5_name(name, "vision_config" in config) for name in source.shapes}
+    work = Work("mm_to_hf", cfg.workers)
+    tensors = [
+        Pending(names.get(name, name), source.shapes[name], source.dtype(name), lambda name=name: work.watch(name, source[name]))
+        for name in source.shapes
+    ]
     with new_folder(target) as folder:
-        write_safetensors(folder, _with_progress(tensors, _count(config, PARTS, "hf"), "mm_to_hf"))
+        files = plan_shards(tensors, known_files(hf_dir))
+        jobs = [
+            Job(name, sum(tensor.nbytes for tensor in shard), lambda name=name, shard=shard: write_safetensors_file(folder / name, shard))
+            for name, shard in files.items()
+        ]
+        work.run(jobs)
+        write_index(folder, files)
         copy_side_files(hf_dir, folder)
         if cfg.orm:
             write_config(folder, config)
     print(f"wrote {target} from {found.weights} ({found.kind})")
 
 
-def _read_config(folder: Path, orm: bool) -> dict[str, Any]:
+def hf_to_mm_dcp(cfg: HfToDcpOptions) -> None:
+    """Writes a Hugging Face model as a torch_dist folder with the names of MindSpeed-MM. Raises ValueError as hf_to_mm does."""
+    source_dir, target = Path(cfg.hf_config.hf_dir).expanduser(), Path(cfg.mm_dir).expanduser()
+    config = model_config(source_dir, cfg.orm)
+    layout = layout_from(ParallelConfig(), cfg.common_model_config, FormatOptions(), config)
+    check_target(target)
+    source = open_source(expect(("hf",), source_dir, config, "hf_to_mm_dcp reads a Hugging Face folder"), config)
+    work = Work("hf_to_mm_dcp", 1)
+    file = next(placement(spoken_entries(config, layout), layout))
+    tensors = [pending(piece, source, work.watch) for piece in file.models["model"]]
+    with new_folder(target) as folder:
+        size = sum(tensor.nbytes for tensor in tensors)
+        work.run([Job(RELEASE, size, lambda: write_saved(folder / RELEASE, tensors, CHECKPOINT_VERSION))])
+        point_to(folder, layout)
+    _say_left_out(source)
+    print(f"wrote {target}")
+
+
+def mm_to_hf_dcp(cfg: MmToHfOptions) -> None:
+    """mm_to_hf for a torch_dist folder; mm_to_hf itself recognises one too."""
+    mm_to_hf(cfg)
+
+
+def resplit(cfg: ResplitOptions) -> None:
+    """Writes files of ranks as files of other ranks, as a conversion from the Hugging Face model would.
+
+    Raises ValueError, before anything is written, when layouts, weights and config.json do not agree.
+    """
+    source_dir, target = Path(cfg.source_dir).expanduser(), Path(cfg.target_dir).expanduser()
+    config = _config_for_resplit(cfg, source_dir)
+    layout = layout_from(cfg.target_parallel_config, cfg.common_model_config, cfg.target_format, config, "target_parallel_config")
+    check_target(target)
+    found = expect(("mm", "ranks"), source_dir, config, "resplit reads files of ranks")
+    source = open_source(found, config, PARTS, unseen_in(cfg.source_format))
+    assert isinstance(source, RankSource)
+    check_found(cfg.source_parallel_config, source.layout, source_dir, "source_parallel_config")
+    _write_ranks("resplit", target, source, layout, config, source.parts, cfg.workers)
+    print(f"wrote {target} from {source_dir}")
+
+
+def _config_for_resplit(cfg: ResplitOptions, source_dir: Path) -> dict[str, Any]:
+    if cfg.hf_config is not None:
+        return model_config(Path(cfg.hf_config.hf_dir).expanduser(), cfg.orm)
+    found = expect(("mm", "ranks"), source_dir, {}, "resplit reads files of ranks")
+    config = config_of_ranks(open_ranks(found.ranks), cfg.source_parallel_config)
+    heads, pairs, width = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    print(f"without hf_config.hf_dir the model is taken to have {heads} heads and {pairs} key/value heads of {width} rows")
+    return config
+
+
+def model_config(folder: Path, orm: bool) -> dict[str, Any]:
     config = read_config(folder)
     return with_value_head(config) if orm else config
 
 
-def _expect(kinds: tuple[FolderKind, ...], found: FolderKind, folder: Path, rule: str) -> None:
-    if found not in kinds:
-        raise ValueError(f"{rule}, but {folder} is of kind {found!r}")
+def expect(kinds: tuple[FolderKind, ...], folder: Path, config: Mapping[str, Any], rule: str) -> WeightFolder:
+    found = recognise(folder, CRITIC_FOLDER if has_value_head(config) else ACTOR_FOLDER)
+    if found.kind not in kinds:
+        raise ValueError(f"{rule}, but {folder} is of kind {found.kind!r}")
+    return found
 
 
-def _count(config: Mapping[str, Any], parts: tuple[Part, ...], side: str) -> int:
-    return sum(1 if side == "mm" else len(entry.hf) for entry in entries(config) if entry.part in parts)
+def _write_ranks(
+    title: str, target: Path, source: Source, layout: Layout, config: Mapping[str, Any], parts: tuple[Part, ...], workers: int
+) -> None:
+    work = Work(title, workers)
+    with new_folder(target) as folder:
+        work.run(list(rank_jobs(folder, source, layout, config, parts, work.watch)))
+        point_to(folder, layout)
 
 
-def _with_progress(tensors: Iterable[tuple[str, Tensor]], total: int, title: str) -> Iterator[tuple[str, Tensor]]:
-    return iter(track(tensors, description=title, total=total, console=Console(stderr=True)))
+def _say_left_out(source: Source) -> None:
+    if isinstance(source, HuggingFaceSource) and source.left_out:
+        print(f"left out: {len(source.left_out)} weights of layers that predict further tokens, as {min(source.left_out)}")

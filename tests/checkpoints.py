@@ -9,6 +9,8 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors.torch import load_file
 
+from checkpoint.torch_writer import Pending
+
 LAYERS = "text_decoder.decoder.layers."
 
 VISION = {
@@ -46,6 +48,21 @@ CONFIG_3B = {
 
 def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+
+def write_mm(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """What MindSpeed-MM's converter leaves at tp 1, pp 1, by torch.save itself."""
+    rank = folder / "release" / "mp_rank_00"
+    rank.mkdir(parents=True)
+    torch.save(
+        {"model": {name: tensor.clone() for name, tensor in weights.items()}, "checkpoint_version": 3.0}, rank / "model_optim_rng.pt"
+    )
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    return folder
+
+
+def pending(weights: dict[str, torch.Tensor]) -> list[Pending]:
+    return [Pending(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor) for name, tensor in weights.items()]
 
 
 def stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -95,6 +95,6 @@ class KLController:
         return {"coef": self.coef}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """A fixed controller keeps the configured coefficient: a user may change it on resume."""
-        if self.adaptive:
+        """A fixed controller keeps the configured coefficient: a user may change it on resume, and switch the term on or off."""
+        if self.adaptive and self.coef and state["coef"]:
             self.coef = float(state["coef"])

@@ -34,7 +34,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop before training.")] = False,
     debug: _DEBUG = False,
 ) -> None:
-    """Train by GRPO or DAPO.
+    """Train by the algorithm that megatron_training.stage names.
 
     Exit codes: 2 for what the user has to mend, 1 for a run that could not go on, 130 and 143 after Ctrl-C and SIGTERM.
     """
@@ -52,6 +52,19 @@ def evaluate(config: _CONFIG, overrides: _OVERRIDES = None, debug: _DEBUG = Fals
         from mindspeed_mm_rl.cli.evaluate import evaluate_from
 
         evaluate_from(config, overrides or [])
+
+
+@app.command()
+def preprocess(
+    config: Annotated[Path, typer.Option(help="YAML with the keys input, output_prefix, handler_name, map_keys, and more.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, any number of them.", metavar="[a.b=c]...")] = None,
+    debug: _DEBUG = False,
+) -> None:
+    """Make a text data set into the columns that training reads. Exit code 2 for what the user has to mend."""
+    with _told(debug):
+        from mindspeed_mm_rl.data.preprocess.command import run
+
+        run(config, overrides or [])
 
 
 @contextmanager

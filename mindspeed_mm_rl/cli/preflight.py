@@ -85,7 +85,12 @@ def _weights(start: Start) -> str:
     if plan.recipe.kl_coef and train.reference_load != train.load:
         _checked("rl_config.integrated_mode_config.ref_model_load_path", train.reference_load, config)
     critic = "" if plan.critic is None else f"; critic: {_checked_critic(plan.critic.load, config).weights}"
-    kind = {"hf": "Hugging Face weights", "mm": "mm-convert weights", "training": f"training save of iteration {found.iteration}"}
+    kind = {
+        "hf": "Hugging Face weights",
+        "mm": "mm-convert weights",
+        "ranks": "weights of several ranks",
+        "training": f"training save of iteration {found.iteration}",
+    }
     reference = f"; reference: {start.reference.path} ({start.reference.short})" if start.reference else ""
     return f"weights: {kind[found.kind]} in {found.weights}{reference}{critic}"
 

@@ -28,6 +28,13 @@ from mindspeed_mm_rl.platforms import device
 _PROMPT_KEY, _IMAGE_KEY = "prompt", "images"
 _ADAM_EPS = 1e-8
 _SHARED_WITH_CRITIC = ("train_iters", "global_batch_size", "bf16", "min_pixels", "max_pixels", "npu_deterministic")
+_OF_CRITIC_ALONE = {
+    "load", "save", "seed", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "expert_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "recompute_granularity", "micro_batch_size", "lr",
+    "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "no_load_optim",
+    "no_load_rng",
+}  # fmt: skip
+"""Keys that act in critic_config; the others are the actor's."""
 _FLOAT32_GAP_BOUND = 0.1
 """In float32 the two engines agree to about 1e-4; a tenth means that one of them computes something else."""
 _OF_TEXT = ("acc", "base_acc", "acc_for_dapo", "math_verify_reward", "format", "strict_format")
@@ -322,6 +329,11 @@ def _notes(config: Config, vision: bool) -> list[str]:
     rl, notes = config.rl_config, []
     if config.actor_config.stage == "ray_dapo" and rl.init_kl_coef and "init_kl_coef" in rl.model_fields_set:
         notes.append(f"rl_config: init_kl_coef ({rl.init_kl_coef}) isn't used: ray_dapo has no KL term")
+    actor, critic = config.actor_config, config.critic_config
+    given = [key for key in critic.model_fields_set - _OF_CRITIC_ALONE if getattr(critic, key) != getattr(actor, key)]
+    if given and has_critic(actor.stage):
+        told = ", ".join(f"{key} ({getattr(critic, key)})" for key in sorted(given))
+        notes.append(f"critic_config: {told} isn't used: the actor's acts on both")
     tagged = [name for name in rl.verifier_function or () if name in _OF_TEXT]
     if vision and tagged:
         notes.append(

@@ -29,6 +29,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 _ACCEPTED_SECTIONS = ("profiler_config", "msprobe_config")
 _TOP = (*_SECTIONS, *_ACCEPTED_SECTIONS, *known_keys.REFUSED_SECTIONS, "model", "defaults")
 _HYDRA_OWN = ("hydra",)
+_SHIPPED = Path(__file__).resolve().parents[2] / "examples/rl/configs"
 
 Notes = dict[tuple[str, str], list[str]]
 """(section, reason) -> the keys that were accepted for it."""
@@ -98,15 +99,17 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file over those that its `defaults:` name (`- folder/name`, relative to it), a later one over an earlier one, as in Hydra."""
+    """The file over those that its `defaults:` name (`- folder/name`), a later one over an earlier one, as in Hydra."""
     if path.resolve() in above:
         raise ValueError(f"{path}: defaults: {' -> '.join(file.stem for file in (*above, path))} goes in a circle; remove one of them")
     content = _parse(path)
     entries = content.get("defaults") or []
     if not isinstance(entries, list):
         raise ValueError(f"{path}: defaults must be a list, not {entries!r}")
-    names = [entry.removesuffix(".yaml") for entry in entries if isinstance(entry, str) and entry != "_self_"]
-    bases = [_with_bases(path.parent / f"{name}.yaml", (*above, path.resolve())) for name in names]
+    names = [entry.removesuffix(".yaml") + ".yaml" for entry in entries if isinstance(entry, str) and entry != "_self_"]
+    # A copy that somebody made elsewhere still finds the shipped ones.
+    places = [next((file for file in (path.parent / name, _SHIPPED / name) if file.is_file()), path.parent / name) for name in names]
+    bases = [_with_bases(place, (*above, path.resolve())) for place in places]
     models = [entry for part in (content, *bases[::-1]) for entry in part.get("defaults") or [] if isinstance(entry, dict)]
     merged = OmegaConf.to_container(OmegaConf.merge(*bases, content), resolve=False)
     return merged | {"defaults": models}

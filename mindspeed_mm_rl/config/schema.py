@@ -105,9 +105,10 @@ class MegatronConfig(Section):
     finetune: bool = False
     """true: of a training save in `load` only the weights are taken; iteration, optimizer, data position and random state start anew."""
     no_load_optim: bool = False
-    """true: a resumed run starts with a new optimizer and at the beginning of the learning-rate schedule."""
+    """true: a resumed run starts with a new optimizer and at the beginning of the learning-rate schedule. With finetune, which speaks of
+    `load`, a run that continues its own save has all of it."""
     no_load_rng: bool = False
-    """true: a resumed run starts with new random states."""
+    """true: a resumed run starts with new random states; with finetune as no_load_optim."""
 
 
 class ActorResource(Section):

@@ -15,6 +15,8 @@ _TEXT_PREFIX = "text_decoder."
 _LATENT_DOWN = ("self_attention.linear_q_down_proj.weight", "self_attention.linear_q_proj.weight")
 _KV_DOWN = "self_attention.linear_kv_down_proj.weight"
 _QKV = "self_attention.linear_qkv"
+_FIRST_NORM, _SECOND_NORM = "input_layernorm", "pre_mlp_layernorm"
+_DENSE_FC1 = "mlp.linear_fc1"
 _PLAIN_QKV = tuple(f"self_attention.{name}_proj" for name in "qkv")
 _PLAIN_GATE_UP = ("gate_proj", "up_proj")
 _LOCAL_EXPERT = "experts.local_experts.{e}."
@@ -31,7 +33,8 @@ class Dialect:
     vision_qkv: VisionQkv = "per_head"
     """per_head: rows grouped per head, as megatron's attention reads them. concatenated: [Q | K | V], and cut as if it were not."""
     experts: Experts = "local"
-    """local: experts.local_experts.N.linear_fc1.weight. grouped: experts.weight1 and weight2. te_grouped: experts.linear_fc1.weightN."""
+    """local: experts.local_experts.N.linear_fc1.weight. grouped: experts.weight1 and weight2. te_grouped: experts.linear_fc1.weightN,
+    and norms inside the linear layers that follow them (Transformer Engine)."""
     latent_joined: bool = False
     """Multi-head latent attention with one linear_qkv for both down projections (MindSpeed-LLM)."""
     padded_vocabulary: int = 0
@@ -51,7 +54,7 @@ def in_dialect(entries: Sequence[Entry], dialect: Dialect) -> list[Entry]:
     if dialect.latent_joined:
         spoken = _joined_latent(spoken)
     if dialect.experts == "te_grouped":
-        spoken = [_te_grouped(entry) for entry in spoken]
+        spoken = _with_fused_norms([_te_grouped(entry) for entry in spoken])
     if dialect.padded_vocabulary:
         spoken = [_padded(entry, dialect.padded_vocabulary) for entry in spoken]
     return spoken if dialect.prefix else [_renamed(entry, _TEXT_PREFIX, "") for entry in spoken]
@@ -107,6 +110,21 @@ def _te_grouped(entry: Entry) -> Entry:
     head, _, weight = entry.pattern.partition(_LOCAL_EXPERT)
     pattern = f"{head}experts.{weight}{{e}}"
     return replace(entry, pattern=pattern, mm=pattern.format(n=entry.layer, e=entry.expert))
+
+
+def _with_fused_norms(entries: Sequence[Entry]) -> list[Entry]:
+    """Transformer Engine's linear layers own the norm before them; a router has none, so a layer with experts keeps its second norm."""
+    dense = {entry.layer for entry in entries if entry.part == "text" and entry.mm.endswith(f".{_DENSE_FC1}.weight")}
+    owners = {_FIRST_NORM: _QKV, _SECOND_NORM: _DENSE_FC1}
+    spoken = []
+    for entry in entries:
+        norm = next((norm for norm in owners if entry.part == "text" and entry.pattern.endswith(f".{norm}.weight")), None)
+        if norm is None or (norm == _SECOND_NORM and entry.layer not in dense):
+            spoken.append(entry)
+            continue
+        pattern = entry.pattern.removesuffix(f"{norm}.weight") + f"{owners[norm]}.layer_norm_weight"
+        spoken.append(replace(entry, pattern=pattern, mm=pattern.format(n=entry.layer)))
+    return spoken
 
 
 def _padded(entry: Entry, rows: int) -> Entry:

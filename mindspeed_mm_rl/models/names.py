@@ -92,6 +92,14 @@ def canonical_hf_name(name: str) -> str:
     return name
 
 
+def transformers_5_name(name: str, vision: bool) -> str:
+    """The inverse for a vision-language model; a text model's names are the same in both."""
+    for new, classic in _RENAMED_PREFIXES if vision else ():
+        if name.startswith(classic):
+            return new + name.removeprefix(classic)
+    return name
+
+
 def is_buffer(name: str) -> bool:
     """True for what old checkpoints carry beside weights: rotary frequencies, megatron's empty extra state."""
     return name.endswith(_IGNORED_ENDS)

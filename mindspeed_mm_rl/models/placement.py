@@ -177,11 +177,13 @@ def _grouped(members: Sequence[Entry], local: int | None, kind: str, rank: Rank,
 
 
 def cut(entry: Entry, name: str, index: int, size: int) -> Piece:
-    """The piece of tensor rank `index` of `size`."""
+    """The piece of tensor rank `index` of `size`. Raises ValueError when the cut would leave a remainder or go through a head."""
     if size == 1 and not entry.padded_rows:
         return Piece(name, entry, (None,) * len(entry.hf))
     if entry.split == "replicated":
         return Piece(name, entry, (None,) * len(entry.hf))
+    if entry.units % size:
+        raise ValueError(f"{entry.mm} can be cut into {entry.units} equal pieces at most, which {size} tensor ranks do not divide")
     dim = 1 if entry.split == "columns" else 0
     blocks = 3 if entry.split == "row_thirds" or entry.kind == "vision_qkv" else 1
     cuts, shapes = [], []

@@ -23,8 +23,21 @@ _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(?:local_experts\.|linear_fc\d\.weight)(\d+)")
 _VISION = "image_encoder."
+_PLAIN_TEXT = ("embedding.", "decoder.", "output_layer.")
 
 Content = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What the files of ranks can't show, so that it has to be said."""
+
+    vision_qkv: VisionQkv = "per_head"
+    tensor_extends_expert: bool | None = None
+    """With --moe-grouped-gemm and several tensor ranks: half of all experts and all halves of them have one shape. None: not said."""
+
+
+NOTHING_SAID = Unseen()
 
 
 @dataclass(frozen=True)
@@ -94,27 +107,47 @@ def _check_complete(ranks: Ranks) -> None:
         raise ValueError(f"{ranks.folder}: the rank files differ in their virtual stages ({sorted(set(keys.values()))})")
 
 
-def read_layout(ranks: Ranks, config: Mapping[str, Any], vision_qkv: VisionQkv = "per_head") -> Layout:
-    """The layout that the files show; vision_qkv can't be seen in them. Raises ValueError when they do not fit config.json."""
+def read_layout(ranks: Ranks, config: Mapping[str, Any], unseen: Unseen) -> Layout:
+    """The layout that the files show. Raises ValueError when they do not fit config.json, or need more said than `unseen` says."""
     names = {name for *_, name, _ in ranks.names()}
     layout = Layout(
-        text=_stages(ranks, vision=False),
-        vision=_stages(ranks, vision=True) if "vision_config" in config else (),
+        text=read_stages(ranks, vision=False),
+        vision=read_stages(ranks, vision=True) if "vision_config" in config else (),
         tensor=ranks.counts[0],
         expert=ranks.counts[2],
-        dialect=Dialect(
-            prefix=any(name.startswith(("text_decoder.", _VISION)) for name in names),
-            canonical=any(name.endswith("self_attention.q_proj.weight") for name in names),
-            vision_qkv=vision_qkv,
-            experts=_experts(names),
-            latent_joined="kv_lora" in sizes(config) and any(name.endswith("self_attention.linear_qkv.weight") for name in names),
-        ),
+        dialect=replace(read_names(ranks), vision_qkv=unseen.vision_qkv),
         separate_output=is_tied(config) and not has_value_head(config) and any(name.endswith("output_layer.weight") for name in names),
     )
     parts = parts_of(names)
     _check_layers(ranks, layout, config, parts)
     tried = [(candidate, _problems(ranks, candidate, config, parts, 1)) for candidate in _candidates(layout, ranks, sizes(config))]
-    return min(tried, key=lambda pair: len(pair[1]))[0]
+    fewest = min(len(problems) for _, problems in tried)
+    return _said([candidate for candidate, problems in tried if len(problems) == fewest], ranks.folder, unseen)
+
+
+def _said(candidates: Sequence[Layout], folder: Path, unseen: Unseen) -> Layout:
+    """The one of several layouts, all of which fit the files, that is meant."""
+    extends = {candidate.tensor_extends_expert for candidate in candidates}
+    if len(extends) > 1 and unseen.tensor_extends_expert is None:
+        raise ValueError(
+            f"{folder}: the files don't show whether the experts were dealt to the tensor ranks (--moe-tp-extend-ep) or cut by them; "
+            "say it with moe_tp_extend_ep true or false in the format options"
+        )
+    if unseen.tensor_extends_expert is not None and len(extends) > 1:
+        candidates = [candidate for candidate in candidates if candidate.tensor_extends_expert == unseen.tensor_extends_expert]
+    return candidates[0]
+
+
+def read_names(ranks: Ranks) -> Dialect:
+    """The dialect as far as names show it."""
+    names = {name for *_, name, _ in ranks.names()}
+    return Dialect(
+        prefix=not any(name.startswith(_PLAIN_TEXT) for name in names),
+        canonical=any(name.endswith("self_attention.q_proj.weight") for name in names),
+        experts=_experts(names),
+        latent_joined=any(name.endswith("kv_layernorm.weight") for name in names)
+        and any(name.endswith("self_attention.linear_qkv.weight") and not name.startswith(_VISION) for name in names),
+    )
 
 
 def parts_of(names: set[str]) -> tuple[Part, ...]:
@@ -122,7 +155,8 @@ def parts_of(names: set[str]) -> tuple[Part, ...]:
     return PARTS if any(not name.startswith(_VISION) for name in names) else ("vision", "projector")
 
 
-def _stages(ranks: Ranks, vision: bool) -> Stages:
+def read_stages(ranks: Ranks, vision: bool) -> Stages:
+    """Layers of each stage."""
     last: dict[tuple[int, int], int] = {}
     pipelines, virtuals = ranks.counts[1], len(next(iter(ranks.contents.values())))
     for pipeline, virtual, name, _ in ranks.names():
@@ -211,9 +245,9 @@ class RankWeights(Mapping[str, Tensor]):
     A part that several ranks have must be the same in all of them. Raises ValueError when files and config.json do not agree, naming both.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], vision_qkv: VisionQkv = "per_head") -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], unseen: Unseen = NOTHING_SAID) -> None:
         self.ranks = open_ranks(folder)
-        self.layout = read_layout(self.ranks, config, vision_qkv)
+        self.layout = read_layout(self.ranks, config, unseen)
         self.parts = parts_of({name for *_, name, _ in self.ranks.names()})
         problems = _problems(self.ranks, self.layout, config, self.parts)
         if problems:

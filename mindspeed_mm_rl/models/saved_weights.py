@@ -124,6 +124,9 @@ class SavedWeights(Mapping[str, Tensor]):
         self._read(name, create_read_items_for_chunk_list(location.key, stored, [chunk]), target)
         return target if location.layer is None else target[0]
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored(self._locations[name].key).properties.dtype
+
     def _read(self, name: str, items: list[ReadItem], target: Tensor) -> None:
         if sum(_count(item.lengths) for item in items) != target.numel():
             raise ValueError(f"{self.folder}: {name} is not whole; the save lacks the shards of some rank")

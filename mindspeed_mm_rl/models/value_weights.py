@@ -47,8 +47,12 @@ def check_value_weights(folder: str | Path, config: Mapping[str, Any]) -> Weight
 
 
 def check_same_vision(critic: str | Path, actor: str | Path, config: Mapping[str, Any]) -> None:
-    """A frozen vision encoder runs once for actor and critic, so it must be the same in both. Raises ValueError."""
-    own, others = (_vision(folder, config) for folder in (critic, actor))
+    """A frozen vision encoder runs once for actor and critic, so it must be the same in both. Raises ValueError.
+
+    Of a training save, as `critic` its critic is meant, as `actor` its actor.
+    """
+    found, has_head = _found(critic)
+    own, others = _vision(found, with_value_head(config) if has_head else config), _vision(actor, config)
     for name, tensor in own.items():
         if not torch.equal(tensor, others[name]):
             raise ValueError(
@@ -58,12 +62,11 @@ def check_same_vision(critic: str | Path, actor: str | Path, config: Mapping[str
 
 
 def _vision(folder: str | Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    found, has_head = _found(folder)
-    own = with_value_head(config) if has_head else config
-    weights = open_weights(recognise(found))
-    if recognise(found).kind == "hf":
-        return dict(iterate_megatron(weights, own, ("vision", "projector")))
-    return {entry.mm: weights[entry.mm] for entry in entries(own) if entry.part != "text"}
+    found = recognise(folder)
+    weights = open_weights(found)
+    if found.kind == "hf":
+        return dict(iterate_megatron(weights, config, ("vision", "projector")))
+    return {entry.mm: weights[entry.mm] for entry in entries(config) if entry.part != "text"}
 
 
 def _found(folder: str | Path) -> tuple[Path, bool]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mindspeed_mm_rl.models.names import canonical_hf_name, entries, is_buffer
-from mindspeed_mm_rl.models.weight_files import WeightFolder, open_weights, read_config, recognise
+from mindspeed_mm_rl.models.rank_files import RankWeights
+from mindspeed_mm_rl.models.weight_files import WeightFolder, needs_layout, open_weights, read_config, recognise
 from mindspeed_mm_rl.models.weight_layout import to_hf
 
 
@@ -44,6 +45,9 @@ def _digest(found: WeightFolder, hf_path: str, stamps: tuple[tuple[str, int, int
 
 def _in_hf_layout(found: WeightFolder, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """One weight at a time, in the order of the table of names."""
+    if needs_layout(found):
+        yield from RankWeights(found.ranks, config).items()
+        return
     weights = open_weights(found)
     if found.kind != "hf":
         yield from to_hf(weights, config)

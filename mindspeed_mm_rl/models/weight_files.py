@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,32 @@ from torch import Tensor
 
 from mindspeed_mm_rl.config.model_file import read_json
 from mindspeed_mm_rl.models.names import PARTS, Part, has_value_head
+from mindspeed_mm_rl.models.rank_files import MODEL_FILE, RankWeights
 from mindspeed_mm_rl.models.saved_weights import METADATA_FILE, SavedWeights
+from mindspeed_mm_rl.models.torch_files import read_models
 from mindspeed_mm_rl.models.weight_layout import check_hf_shapes, check_megatron_shapes, select_megatron, to_megatron
 
-FolderKind = Literal["hf", "mm", "training"]
+FolderKind = Literal["hf", "mm", "ranks", "training"]
 
 ITERATION_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 RANK_FOLDER = "mp_rank_00"
-MODEL_FILE = "model_optim_rng.pt"
 ACTOR_FOLDER = "actor"
 CRITIC_FOLDER = "critic"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_PREFIXES = ("text_decoder.", "image_encoder.")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
 _THE_KINDS = (
     "a Hugging Face folder (config.json and *.safetensors), the output of mm-convert (latest_checkpointed_iteration.txt saying release), "
     "or a training save (latest_checkpointed_iteration.txt saying an iteration)"
@@ -40,13 +52,21 @@ class WeightFolder:
 
     kind: FolderKind
     weights: Path
-    """hf: the folder itself; mm: the .pt file; training: the torch_dist folder of the actor or the critic."""
+    """hf: the folder itself; mm: the .pt file; ranks: the folder of the mp_rank_* folders; training: the torch_dist folder of a role."""
     iteration: int | None = None
     """Of a training save."""
 
+    @property
+    def ranks(self) -> Path:
+        """The folder of the mp_rank_* folders, of mm and ranks."""
+        return self.weights.parents[1] if self.kind == "mm" else self.weights
+
 
 class HuggingFaceWeights(Mapping[str, Tensor]):
-    """The safetensors files of a Hugging Face folder, one or many; ValueError when one is missing or damaged, or a name is there twice."""
+    """The safetensors files of a Hugging Face folder, or one such file.
+
+    Raises ValueError when one is missing or damaged, or a name is there twice.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._handles = {path: _open_safetensors(path) for path in _safetensors_files(folder)}
@@ -61,6 +81,16 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._handles[self._files[name]].get_tensor(name)
 
+    def file(self, name: str) -> Path:
+        return self._files[name]
+
+    def part(self, name: str, index: int) -> Tensor:
+        """The index-th of a stack of tensors, alone."""
+        return self._handles[self._files[name]].get_slice(name)[index]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self._handles[self._files[name]].get_slice(name).get_dtype()]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -72,7 +102,10 @@ class MegatronWeights(Mapping[str, Tensor]):
     """The `model` of a model_optim_rng.pt, mapped into memory; raises ValueError when the file is damaged or holds something else."""
 
     def __init__(self, path: Path) -> None:
-        self._tensors = _read_model_file(path)
+        models = read_models(path)
+        self._tensors = next(iter(models.values()))
+        self.is_whole = set(models) == {"model"} and any(name.startswith(_PREFIXES) for name in self._tensors)
+        """False for the names of MindSpeed-LLM and for virtual stages, which RankWeights reads."""
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -124,6 +157,8 @@ def open_weights(found: WeightFolder) -> Weights:
             return MegatronWeights(found.weights)
         case "training":
             return SavedWeights(found.weights)
+        case "ranks":
+            raise ValueError(f"{found.weights} is split over several ranks; mm-convert resplit makes one of them")
 
 
 def read_weights(folder: str | Path) -> Weights:
@@ -136,6 +171,8 @@ def read_megatron_weights(folder: str | Path, config: Mapping[str, Any]) -> dict
     Raises ValueError when the folder holds no weights, or those of another model.
     """
     found = recognise(folder, _role(config))
+    if needs_layout(found):
+        return to_megatron(RankWeights(found.ranks, config), config)
     weights = open_weights(found)
     _check(found, weights, config, PARTS)
     return to_megatron(weights, config) if found.kind == "hf" else select_megatron(weights, config)
@@ -144,8 +181,16 @@ def read_megatron_weights(folder: str | Path, config: Mapping[str, Any]) -> dict
 def check_weights(folder: str | Path, config: Mapping[str, Any], parts: tuple[Part, ...] = PARTS) -> WeightFolder:
     """Names and shapes of a folder's weights against config.json; reads headers only. Raises ValueError naming folder and weight."""
     found = recognise(folder, _role(config))
-    _check(found, open_weights(found), config, parts)
+    if needs_layout(found):
+        RankWeights(found.ranks, config)
+    else:
+        _check(found, open_weights(found), config, parts)
     return found
+
+
+def needs_layout(found: WeightFolder) -> bool:
+    """Whether the names in the files are those of one rank of several, or of MindSpeed-LLM, so that RankWeights must put them together."""
+    return found.kind == "ranks" or (found.kind == "mm" and not MegatronWeights(found.weights).is_whole)
 
 
 def _role(config: Mapping[str, Any]) -> str:
@@ -192,7 +237,9 @@ def _in_iteration(path: Path, role: str) -> WeightFolder:
     if ranks == [RANK_FOLDER]:
         return WeightFolder("mm", path / RANK_FOLDER / MODEL_FILE)
     if ranks:
-        raise ValueError(f"{path} is split over {len(ranks)} ranks ({', '.join(ranks[:4])}); only tp 1, pp 1 ({RANK_FOLDER}) can be read")
+        return WeightFolder("ranks", path)
+    if (path / METADATA_FILE).is_file():
+        return WeightFolder("training", path, _iteration_number(path))
     without = ", or its run had no critic" if role == CRITIC_FOLDER else ""
     raise ValueError(f"{path} holds neither {role}/{METADATA_FILE} nor {RANK_FOLDER}/{MODEL_FILE}: the save is incomplete{without}")
 
@@ -203,6 +250,8 @@ def _iteration_number(path: Path) -> int | None:
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
     index = folder / INDEX_FILE
     if not index.is_file():
         single = folder / SINGLE_FILE
@@ -224,15 +273,3 @@ def _open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}); fetch the model again") from error
-
-
-def _read_model_file(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or holds more than weights, which is never unpickled ({reason})") from error
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise ValueError(f"{path} has no `model`: only files of one pipeline stage without virtual stages can be read")
-    return {name: tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}

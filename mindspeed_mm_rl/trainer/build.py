@@ -62,7 +62,7 @@ def evaluate(plan: Plan) -> dict[str, float]:
                 with _console.status("starting Ray, the trainer and the rollout engine"):
                     trainers, rollout = _start_workers(plan, guardian)
                 rollout.receive_weights(trainers.actor.publish_weights(), 0)
-                with open_evaluator(state, trainers.actor, rollout) as evaluator:
+                with open_evaluator(state, trainers, rollout) as evaluator:
                     return evaluator.evaluate()
         finally:
             placement.stop()
@@ -101,13 +101,13 @@ def _start_workers(plan: Plan, guardian: Guardian) -> tuple[Trainers, RolloutGro
 
 
 def _train(state: RunState, trainers: Trainers, rollout: RolloutGroupStream, loader: PromptLoader, rewards: RewardPool) -> None:
-    plan, actor, settings = state.plan, trainers.actor, RecipeSettings(**asdict(state.plan.recipe))
+    plan, settings = state.plan, RecipeSettings(**asdict(state.plan.recipe))
     recipe, kl = make_recipe(settings), make_kl_controller(settings)
     state.resume(trainers.by_folder(), loader, kl)
-    collector = Collector(plan, recipe, loader, GroupSampler(plan, actor, rollout, rewards, loader.builder.renderer.tokenizer))
+    collector = Collector(plan, recipe, loader, GroupSampler(plan, trainers, rollout, rewards, loader.builder.renderer.tokenizer))
     output = Path(plan.run.output)
     with (
-        open_evaluator(state, actor, rollout) as evaluator,
+        open_evaluator(state, trainers, rollout) as evaluator,
         closing(open_metric_log(output, plan.run.train_iters, state.iteration, plan.run.use_tensorboard)) as log,
     ):
         RLTrainer(plan, recipe, read_architecture(plan.train.hf_path), trainers, rollout, collector, kl, state, log, evaluator).train()

@@ -22,7 +22,7 @@ from mindspeed_mm_rl.trainer.best import Best
 from mindspeed_mm_rl.trainer.sampler import GroupSampler
 from mindspeed_mm_rl.trainer.state import RunState
 from mindspeed_mm_rl.types import Group, Prompt, Sampling
-from mindspeed_mm_rl.workers.group import ActorGroup
+from mindspeed_mm_rl.workers.group import Trainers
 from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 
 _STREAM = "evaluation"
@@ -88,7 +88,7 @@ def deciding_metric(values: dict[str, float], num_samples: int) -> str:
 
 
 @contextmanager
-def open_evaluator(state: RunState, actor: ActorGroup, rollout: RolloutGroupStream) -> Iterator[Evaluator]:
+def open_evaluator(state: RunState, trainers: Trainers, rollout: RolloutGroupStream) -> Iterator[Evaluator]:
     """With data and graders opened; for a run without `eval` there is nothing to open."""
     plan = state.plan
     if plan.eval is None:
@@ -98,7 +98,7 @@ def open_evaluator(state: RunState, actor: ActorGroup, rollout: RolloutGroupStre
         loaders = [opened.enter_context(closing(PromptLoader(data))) for data in eval_data(plan)]
         rewards = opened.enter_context(RewardPool(RewardSettings(**asdict(plan.eval.reward))))
         rewards.wait_ready()
-        yield Evaluator(state, loaders, GroupSampler(plan, actor, rollout, rewards, loaders[0].builder.renderer.tokenizer))
+        yield Evaluator(state, loaders, GroupSampler(plan, trainers, rollout, rewards, loaders[0].builder.renderer.tokenizer))
 
 
 class Evaluator:

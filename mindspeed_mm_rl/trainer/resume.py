@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm_rl.config.plan import Plan, TrainPlan
+from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.models.saved_weights import METADATA_FILE
 from mindspeed_mm_rl.models.value_weights import check_same_vision
 from mindspeed_mm_rl.models.weight_digest import weight_digest
@@ -78,10 +78,15 @@ def start_of(plan: Plan) -> Start:
         start = Start(plan, notes=notes)
     else:
         contents = check_whole(save)
-        train = replace(plan.train, load=str(save / ACTOR_FOLDER), finetune=False)
+        # With finetune these are left out of actor_config.load; a run that is started again goes on with all of its own.
+        whole = {"no_load_optim": False, "no_load_rng": False} if plan.train.finetune else {}
+        train = replace(plan.train, load=str(save / ACTOR_FOLDER), finetune=False, **whole)
         iteration = int(contents["iteration"])
         said = f"continuing {save} after iteration {iteration}"
-        changed = replace(plan, train=train, critic=_continued_critic(plan.critic, save, contents))
+        critic = None if plan.critic is None else replace(plan.critic, load=_critic_of(save, contents), **whole)
+        changed = replace(plan, train=train, critic=critic)
+        if not _shared_vision(contents):
+            _check_critic(changed)
         start = Start(changed, save, iteration, contents, notes=(*notes, said))
     if start.is_finished or not plan.recipe.kl_coef:
         return start
@@ -89,21 +94,29 @@ def start_of(plan: Plan) -> Start:
     return replace(start, reference=reference, plan=replace(start.plan, train=replace(start.plan.train, reference_load=reference.path)))
 
 
-def _continued_critic(critic: TrainPlan | None, save: Path, contents: dict[str, Any]) -> TrainPlan | None:
-    if critic is None:
-        return None
+def _critic_of(save: Path, contents: dict[str, Any]) -> str:
+    """Raises ValueError when the save has none."""
     if f"{CRITIC_FOLDER}/{METADATA_FILE}" not in contents["files"]:
         raise ValueError(
             f"{save} has no critic: it was written by another algorithm than megatron_training.stage ray_ppo, which needs one; begin a new "
             "run with its weights (actor_config.finetune=true, and an actor_config.save of its own)"
         )
-    return replace(critic, load=str(save / CRITIC_FOLDER))
+    return str(save / CRITIC_FOLDER)
+
+
+def _shared_vision(contents: dict[str, Any]) -> bool:
+    """Whether the run that wrote a save had frozen its vision encoder too, so that actor and critic have the same."""
+    train = contents.get("plan", {}).get("train", {})
+    return bool(train.get("freeze_vision") and train.get("freeze_projector"))
 
 
 def _check_critic(plan: Plan) -> None:
-    """Of a new run. Raises ValueError when a vision encoder that is shared, as it is frozen, isn't the same in actor and critic."""
+    """Raises ValueError when a vision encoder that is shared, as it is frozen, isn't the same in actor and critic."""
     critic = plan.critic
-    if critic is None or critic.load == plan.train.load or not (critic.freeze_vision and critic.freeze_projector):
+    if critic is None or not (critic.freeze_vision and critic.freeze_projector):
+        return
+    # Of a training save the one begins as its critic, the other as its actor.
+    if critic.load == plan.train.load and _training_save(critic.load) is None:
         return
     try:
         check_same_vision(critic.load, plan.train.load, read_config(critic.hf_path))
@@ -211,7 +224,7 @@ def _reference(plan: Plan, start: Start) -> Reference:
 def _digested(key: str, folder: str, hf_path: str) -> Reference:
     found = _recognised(key, folder)
     # The file of mm-convert lies two folders below the one that can be given.
-    path = found.weights.parents[1] if found.kind == "mm" else found.weights
+    path = found.ranks if found.kind == "mm" else found.weights
     try:
         return Reference(str(path), weight_digest(path, hf_path))
     except ValueError as error:

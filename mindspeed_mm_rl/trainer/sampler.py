@@ -21,7 +21,7 @@ from mindspeed_mm_rl.rewards.scoring import GroupScores
 from mindspeed_mm_rl.types import Group, Prompt, RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.workers.calls import numbered
 from mindspeed_mm_rl.workers.failure import WorkerFailed
-from mindspeed_mm_rl.workers.group import ActorGroup
+from mindspeed_mm_rl.workers.group import Trainers
 from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 
 _LOOK_SECONDS = 1.0
@@ -43,8 +43,8 @@ class GradedGroups:
 
 
 class GroupSampler:
-    def __init__(self, plan: Plan, actor: ActorGroup, rollout: RolloutGroupStream, rewards: RewardPool, tokenizer: Any) -> None:
-        self.plan, self.actor, self.rollout, self.rewards, self.tokenizer = plan, actor, rollout, rewards, tokenizer
+    def __init__(self, plan: Plan, trainers: Trainers, rollout: RolloutGroupStream, rewards: RewardPool, tokenizer: Any) -> None:
+        self.plan, self.trainers, self.rollout, self.rewards, self.tokenizer = plan, trainers, rollout, rewards, tokenizer
 
     def sample(self, prompts: list[Prompt], clock: Stopwatch, sampling: Sampling | None = None) -> GradedGroups:
         """sampling: other than training's. Raises WorkerFailed when somebody is silent for too long."""
@@ -71,7 +71,7 @@ class GroupSampler:
         if not distinct:
             return []
         with clock.measure("image_embeds"):
-            return self.actor.encode(distinct) if self.plan.rollout.image_embeds else [ray.put(distinct)]
+            return self.trainers.actor.encode(distinct) if self.plan.rollout.image_embeds else [ray.put(distinct)]
 
     def _sampled(self, prompts: list[Prompt], images: list[Any], sampling: Sampling | None) -> tuple[float, list[Graded]]:
         """When the first group went to the rewards, and every group with the future of its scores."""
@@ -94,7 +94,7 @@ class GroupSampler:
         return self.rewards.submit(prompt.prompt_id, texts, lengths, prompt.answer, prompt.data_source, prompt.extra, prompt.messages)
 
     def _wait_for_scores(self, graded: list[Graded]) -> None:
-        """Raises WorkerFailed, naming prompts, when no group is graded within the bound; and when a trainer rank dies meanwhile."""
+        """Raises WorkerFailed, naming prompts, when no group is graded within the bound, and WorkerDied when a rank that trains dies."""
         waiting = {future: prompt.prompt_id for prompt, _, future in graded}
         last = time.monotonic()
         while waiting:
@@ -102,7 +102,7 @@ class GroupSampler:
             for future in done:
                 del waiting[future]
                 last = time.monotonic()
-            self.actor.check_alive("rewards")
+            self.trainers.check_alive("rewards")
             if waiting and time.monotonic() - last > self.plan.run.timeout_seconds:
                 raise WorkerFailed(
                     f"rewards wait in vain: no group was graded within {self.plan.run.timeout_seconds:g} s (rl_config.timeout_seconds); "

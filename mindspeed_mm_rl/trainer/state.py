@@ -81,7 +81,11 @@ class RunState:
         """Continues from the save of `start`; without one there is nothing to do."""
         self.best = remembered_best(self.start.contents, self.plan.eval)
         if self.plan.run.save:
-            SaveFolder(Path(self.plan.run.save)).point_at_best(self.best.iteration if self.best else None)
+            saves = SaveFolder(Path(self.plan.run.save))
+            if self.best is not None and not saves.path_of(self.best.iteration).exists():
+                # Removed, or in the folder of another run: it would stand in the way of the best of those that are here.
+                self.best = None
+            saves.point_at_best(self.best.iteration if self.best else None)
         if self.start.save is None:
             return
         for name, trainer in trainers.items():

@@ -91,11 +91,11 @@ def shapes(config: Mapping[str, Any]) -> Shapes:
     return vision | _text_shapes(config)
 
 
-def make_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
-    """A Hugging Face folder of two weight files with an index; the dtype is the config's torch_dtype."""
+def make_checkpoint(folder: Path, config: Mapping[str, Any], named: Shapes | None = None) -> Path:
+    """A Hugging Face folder of two weight files with an index; the dtype is the config's torch_dtype, the weights are `named` or dense."""
     folder.mkdir(parents=True)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config["torch_dtype"]]
-    weights = {name: hashed(name, shape, dtype) for name, shape in shapes(config).items()}
+    weights = {name: hashed(name, shape, dtype) for name, shape in (named or shapes(config)).items()}
     names = sorted(weights)
     parts = dict(zip(_FILES, (names[::2], names[1::2]), strict=True))
     for file, part in parts.items():

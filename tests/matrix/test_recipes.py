@@ -29,7 +29,7 @@ def test_three_iterations(tiny_vl: Path, tmp_path: Path, algorithm: str) -> None
         on_policy=True,
         save_interval=1,
     )
-    build.run(replace(plan, run=run, recipe=recipe))
+    build.run(replace(plan, run=run, recipe=recipe, critic=plan.train if ALGORITHMS[algorithm].needs_critic else None))
     records = read_records(Path(run.output) / "metrics.jsonl")
     assert len(records) == 3
     for record in records:

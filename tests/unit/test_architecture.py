@@ -22,7 +22,20 @@ FLOORS = (
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # The engines fill and read the host buffer themselves: a weight is never copied on the way.
 ALLOWED_UP = {("engines", "weights.host")}
-CHECKPOINT_MAY_IMPORT = ("models.names", "models.weight_layout", "models.weight_files", "models.saved_weights")
+CHECKPOINT_MAY_IMPORT = ("config.model_file",) + tuple(
+    f"models.{module}"
+    for module in (
+        "dialects",
+        "name_rules",
+        "names",
+        "placement",
+        "rank_files",
+        "saved_weights",
+        "torch_files",
+        "weight_files",
+        "weight_layout",
+    )
+)
 FILE_LINES, FUNCTION_LINES, ITERATION_LINES = 400, 60, 120
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -204,11 +205,23 @@ def launch(script: str, *arguments: str, **variables: str) -> subprocess.Complet
     return subprocess.run(["bash", str(SCRIPTS / script), *arguments], capture_output=True, text=True, timeout=120, env=environment)
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*_trainer_*.sh")))
+@pytest.mark.parametrize("script", ["dapo_trainer_qwen25vl_tiny.sh", "grpo_trainer_qwen25_tiny.sh"])
 def test_a_launch_script_hands_on_its_arguments_and_the_exit_code(script):
     result = launch(script, "rl_config.mini_batchsize=3")
     assert result.returncode == 2
     assert result.stderr.endswith("error: unknown key rl_config.mini_batchsize; did you mean mini_batch_size?\n")
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*_trainer_*.sh")), ids=lambda path: path.stem)
+def test_every_launch_script_launches_its_own_yaml(script):
+    lines = [line for line in script.read_text().splitlines() if not line.startswith("#")]
+    launcher = "tiny_text.sh" if script.stem.endswith("qwen25_tiny") else "launch.sh"
+    assert lines == [
+        f'DEFAULT_YAML="${{DEFAULT_YAML:-{script.stem}}}"',
+        f'source "$(dirname "${{BASH_SOURCE[0]}}")/{launcher}"',
+        'launch "$@"',
+    ]
+    assert (SCRIPTS.parent / "configs" / f"{script.stem}.yaml").is_file() and os.access(script, os.X_OK)
 
 
 def test_a_launch_script_takes_another_config(tmp_path):

@@ -249,6 +249,30 @@ def test_a_bad_override_is_one_sentence(tmp_path, override):
         load_config(write(tmp_path, "rl_config: {n_samples_per_prompt: 4}"), [override])
 
 
+def test_defaults_name_files_that_this_one_overrides(tmp_path):
+    (tmp_path / "base").mkdir()
+    write(tmp_path, "{megatron_training: {seed: 1, lr: 1}, model: {text_decoder: {num_layers: 3}}}", "base/far.yaml")
+    near = "defaults: [base/far]\nmegatron_training: {seed: 2}\nrl_config:\n  output: logs/${megatron_training.seed}\n"
+    write(tmp_path, near, "near.yaml")
+    config = load_config(write(tmp_path, "{defaults: [near, _self_], megatron_training: {seed: 3}}"), ["megatron_training.lr=2"])
+    assert (config.actor_config.seed, config.actor_config.lr, config.rl_config.output) == (3, 2.0, "logs/3")
+    assert config.model["text_decoder"] == {"num_layers": 3}
+    # A later one over an earlier one; the shipped ones are found from anywhere.
+    write(tmp_path, "{megatron_training: {seed: 5}}", "later.yaml")
+    shipped = load_config(write(tmp_path, "{defaults: [base/text, later, near, later]}")).actor_config
+    assert (shipped.seed, shipped.global_batch_size) == (5, 32)
+
+
+def test_defaults_that_lead_nowhere_or_back(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.yaml doesn't exist"):
+        load_config(write(tmp_path, "{defaults: [nowhere]}"))
+    write(tmp_path, "{defaults: [b]}", "a.yaml")
+    with pytest.raises(ValueError, match="defaults: b -> a -> b goes in a circle; remove one of them"):
+        load_config(write(tmp_path, "{defaults: [a]}", "b.yaml"))
+    with pytest.raises(ValueError, match="defaults must be a list, not 'a'"):
+        load_config(write(tmp_path, "{defaults: a}"))
+
+
 def test_a_missing_file_names_its_neighbour(tmp_path):
     write(tmp_path, "{}", "dapo_tiny.yaml")
     with pytest.raises(ValueError, match="doesn't exist; did you mean .*dapo_tiny.yaml"):

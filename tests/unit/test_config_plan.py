@@ -37,8 +37,37 @@ def merged(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_yaml_makes_a_plan_that_is_offered(path):
-    check_offered(make_plan(load_config(path)))
+def test_every_shipped_yaml_makes_a_plan_that_is_offered_or_says_what_to_set(path):
+    plan = make_plan(load_config(path))
+    if plan.train.tensor_parallel_size == 1:
+        check_offered(plan)
+        return
+    refusal = f"actor_config.tensor_model_parallel_size: {plan.train.tensor_parallel_size} isn't offered in this version.*set it to 1"
+    with pytest.raises(ValueError, match=refusal):
+        check_offered(plan)
+
+
+# algorithm, prompts, mini-batch, samples, tensor x pipeline, devices, rollout's tensor parallel, prompt, response, verifier, KL
+SETTINGS_THAT_USERS_KNOW = {
+    "grpo_trainer_qwen25_7b": ("grpo", 32, 32, 8, 2, 2, 16, 1, 2048, 2048, "math_17k_acc", 0.001),
+    "grpo_trainer_qwen3_8b": ("grpo", 32, 32, 8, 2, 2, 16, 1, 2048, 8192, "base_acc", 0.01),
+    "dapo_trainer_qwen25_32b": ("dapo", 32, 32, 8, 8, 1, 16, 8, 2048, 2048, "acc_for_dapo", 0.0),
+    "ppo_trainer_qwen25_32b": ("ppo", 128, 128, 8, 8, 1, 32, 8, 2048, 2048, "acc_for_ppo", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS_THAT_USERS_KNOW)
+def test_text_yamls_have_the_settings_that_users_know(name):
+    plan = make_plan(load_config(CONFIGS / f"{name}.yaml"))
+    run, train, rollout = plan.run, plan.train, plan.rollout
+    assert SETTINGS_THAT_USERS_KNOW[name] == (
+        plan.recipe.algorithm, run.prompts_per_generation, run.mini_batch_prompts, run.samples_per_prompt, train.tensor_parallel_size,
+        train.pipeline_parallel_size, run.num_devices, rollout.tensor_parallel_size, plan.data.max_prompt_length, rollout.max_tokens,
+        *plan.reward.verifiers, plan.recipe.kl_coef,
+    )  # fmt: skip
+    assert (train.optimizer.lr, train.recompute, run.on_policy) == (1e-6, True, True)
+    if plan.critic is not None:
+        assert (plan.critic.optimizer.lr, plan.critic.tensor_parallel_size, plan.critic.recompute, plan.recipe.lam) == (5e-6, 8, True, 1.0)
 
 
 @pytest.mark.parametrize("text", [USERS_DAPO, USERS_RESUME])

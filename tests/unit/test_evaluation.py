@@ -22,8 +22,11 @@ from mindspeed_mm_rl.trainer.best import Best, remembered_best
 from mindspeed_mm_rl.trainer.evaluate import Evaluator, eval_data, file_labels
 from mindspeed_mm_rl.trainer.resume import Start
 from mindspeed_mm_rl.trainer.sampler import GroupSampler
+from mindspeed_mm_rl.trainer.save_folder import BEST_TRACKER
 from mindspeed_mm_rl.trainer.state import RunState
 from mindspeed_mm_rl.types import Rollout, RolloutGroup, RolloutRequest, Sampling
+from mindspeed_mm_rl.workers.failure import WorkerDied
+from mindspeed_mm_rl.workers.group import Trainers
 from tests.data_files import make_hf_folder, row, write_rows
 from tests.plans import reward_plan, whole_plan
 
@@ -67,9 +70,15 @@ class Written:
             yield RolloutGroup(request.prompt_id, request.expanded_length, samples)
 
 
-class Alive:
+class Group:
+    """Of trainer or critic ranks; dead in a phase."""
+
+    def __init__(self, dead_in: str = "") -> None:
+        self.dead_in = dead_in
+
     def check_alive(self, doing: str) -> None:
-        pass
+        if doing == self.dead_in:
+            raise WorkerDied(f"died in {doing}")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +115,7 @@ def make(plan: Plan, rewards: RewardPool):
         own = loaders[-len(changed.eval.data) :]
         tokenizer = own[0].builder.renderer.tokenizer
         rollout = Written(texts, tokenizer)
-        return Evaluator(RunState(Start(changed)), own, GroupSampler(changed, Alive(), rollout, rewards, tokenizer)), rollout
+        return Evaluator(RunState(Start(changed)), own, GroupSampler(changed, Trainers(Group()), rollout, rewards, tokenizer)), rollout
 
     yield made
     for loader in loaders:
@@ -143,6 +152,14 @@ def test_an_answer_whose_grading_hangs_is_wrong(make, plan: Plan) -> None:
     assert values["eval/timeouts"] + values["eval/crashes"] == 1
 
 
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_a_death_is_seen_while_others_grade(make, role: str) -> None:
+    evaluator, _ = make({"a": boxed("0", "0")}, max_rows=1)
+    evaluator.sampler.trainers = Trainers(**{"actor": Group(), "critic": Group()} | {role: Group(dead_in="rewards")})
+    with pytest.raises(WorkerDied):
+        evaluator.evaluate()
+
+
 def test_only_iterations_with_a_save_can_be_the_best(make) -> None:
     """Evaluations after 2, 4 and 5 (the last); saves after 4 and 5."""
     texts = {"a": boxed("0", "0"), "b": boxed("1", "1"), "c": boxed("2", "2")}
@@ -170,6 +187,17 @@ def test_best_is_remembered_while_it_is_measured_in_the_same_way(plan: Plan) -> 
     for change in ({"temperature": 0.5}, {"samples_per_prompt": 4}, {"max_rows": 2}, {"data": plan.eval.data[:1]}):
         assert remembered_best(contents, replace(plan.eval, **change)) is None
     assert remembered_best({}, plan.eval) is None
+
+
+def test_a_best_save_that_is_not_here_is_forgotten(plan: Plan) -> None:
+    """Removed by hand, or left in the folder of the run that is continued in another one."""
+    best = {"iteration": 4, "metric": "eval/mean@2", "value": 0.5}
+    state = RunState(Start(plan, contents={"best": best, "plan": asdict(plan)}))
+    state.resume({}, None, None)
+    assert state.best is None
+    (Path(plan.run.save) / "iter_0000004").mkdir(parents=True)
+    state.resume({}, None, None)
+    assert state.best == Best(**best) and (Path(plan.run.save) / BEST_TRACKER).read_text() == "4\n"
 
 
 def test_files_are_told_apart(tmp_path: Path) -> None:

@@ -78,6 +78,9 @@ def test_a_critic_is_an_actor_with_a_section_of_its_own(tmp_path: Path) -> None:
     assert (critic.max_samples_per_micro_batch, actor.max_samples_per_micro_batch) == (2, 0)
     assert (critic.no_load_optim, actor.no_load_optim, plan.run.critic_warmup) == (True, False, 5)
     assert plan_of(tmp_path, "critic_config.load=judge").critic.load == str(Path("judge").absolute())
+    told = [note for note in plan.notes if note.startswith("critic_config")]
+    assert len(told) == 1 and "train_iters (3)" in told[0] and "micro_batch_size" not in told[0]
+    assert not [note for note in plan_of(tmp_path, "actor_config.finetune=true").notes if note.startswith("critic_config")]
 
 
 def test_users_fragment_of_a_resumed_run_loads(tmp_path: Path) -> None:
@@ -146,6 +149,25 @@ def test_a_critic_with_another_frozen_vision_encoder_is_refused_before_any_worke
     assert start_of(replace(plan, train=train, critic=replace(train, load=str(other), freeze_projector=False))).save is None
 
 
+def test_encoders_that_were_trained_apart_cannot_be_frozen_as_one(plan: Plan, tiny_vl: Path, tmp_path: Path) -> None:
+    """A save holds both: whether it is continued, or its weights are the start of another run."""
+    train = replace(plan.train, hf_path=str(tiny_vl), load=str(tiny_vl), freeze_vision=False)
+    trained = replace(plan, train=train, critic=replace(train, load=str(make_tiny_vl(tmp_path / "other", seed=1))))
+    saves = make_saves(trained, 2)
+    assert start_of(trained).iteration == 2
+
+    def frozen(plan: Plan, **changes: object) -> Plan:
+        train, critic = (replace(part, freeze_vision=True, **changes) for part in (plan.train, plan.critic))
+        return replace(plan, train=train, critic=critic)
+
+    with pytest.raises(ValueError, match="the vision encoder is frozen, but image_encoder"):
+        start_of(frozen(trained))
+    elsewhere = replace(trained, run=replace(trained.run, save=str(tmp_path / "elsewhere")))
+    with pytest.raises(ValueError, match="the vision encoder is frozen, but image_encoder"):
+        start_of(frozen(elsewhere, load=str(saves.root), finetune=True))
+    assert start_of(frozen(elsewhere, load=str(tiny_vl))).save is None
+
+
 def test_a_save_with_a_critic_takes_twice_the_space(plan: Plan) -> None:
     """But for the head: a tied model has none, the critic's is one row of 128 float32 with two moments."""
     alone = save_bytes(replace(plan, critic=None))
@@ -190,3 +212,12 @@ def test_the_coefficient_follows_what_was_taken_off_the_reward() -> None:
     continued = KLController(0.1, adaptive=True, target=0.25, horizon=10.0)
     continued.load_state(controller.state())
     assert continued.coef == before
+
+
+def test_a_term_that_was_switched_on_or_off_by_the_user_stays_so() -> None:
+    """A coefficient of 0 never leaves 0, and with one above 0 the loss asks for a reference that isn't there."""
+    on, off = (KLController(coef, adaptive=True, target=0.1, horizon=10.0) for coef in (0.1, 0.0))
+    state_on, state_off = on.state(), off.state()
+    on.load_state(state_off)
+    off.load_state(state_on)
+    assert (on.coef, off.coef) == (0.1, 0.0)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from mindspeed_mm_rl.cli.main import app
 from mindspeed_mm_rl.data.indexed import IndexedColumn, column_name
-from mindspeed_mm_rl.data.preprocess.command import main, run
+from mindspeed_mm_rl.data.preprocess.command import run
 from mindspeed_mm_rl.data.preprocess.settings import Settings, load_settings
 from tests.data_files import SCRIPTS, byte_tokenizer, make_hf_folder
 
@@ -280,9 +282,21 @@ def test_broken_lines_are_named(tmp_path, prepare):
         prepare([], **R1, **QUESTIONS)
 
 
-def test_the_command_ends_in_one_line(tmp_path, capsys):
-    assert main([str(tmp_path / "nowhere.yaml")]) == 2
-    assert capsys.readouterr().err == f"error: configuration file {tmp_path}/nowhere.yaml doesn't exist\n"
-    script = subprocess.run(["bash", SCRIPTS / "preprocess_data.sh", "mth_17k"], capture_output=True, text=True)
-    assert script.returncode == 2
-    assert "choose one of: deepscaler math_17k orca_rlhf" in script.stderr
+def test_the_command_prepares_and_overrides(tmp_path, hf_folder):
+    write(tmp_path / "data.jsonl", [{"problem": "2 + 3?", "answer": "5"}, {"problem": "6 * 7?", "answer": ""}])
+    keys = {"input": str(tmp_path / "nowhere"), "tokenizer_name_or_path": str(hf_folder), **R1, **QUESTIONS}
+    (tmp_path / "set.yaml").write_text(json.dumps(keys))
+    given = [f"input={tmp_path}/data.jsonl", f"output_prefix={tmp_path}/out/set", "prompt_type=default"]
+    result = CliRunner().invoke(app, ["preprocess", "--config", str(tmp_path / "set.yaml"), *given])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("rows: 2, kept: 1, dropped: 1 (no response: 1)\n")
+    assert texts(tmp_path, "input_ids") == ["Human: 2 + 3?\nAssistant:"]
+
+
+def test_the_command_ends_in_one_line(tmp_path):
+    result = CliRunner().invoke(app, ["preprocess", "--config", str(tmp_path / "nowhere.yaml")])
+    assert (result.exit_code, result.stderr) == (2, f"error: configuration file {tmp_path}/nowhere.yaml doesn't exist\n")
+    for name, sentence in (("mth_17k", "choose one of: deepscaler math_17k orca_rlhf"), ("math_17k", "dapo-math-17k.parquet")):
+        script = subprocess.run(["bash", SCRIPTS / "preprocess_data.sh", name], capture_output=True, text=True, cwd=tmp_path)
+        assert script.returncode == 2
+        assert sentence in script.stderr and script.stderr.startswith("error: ") and script.stderr.count("\n") == 1

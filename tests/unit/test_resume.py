@@ -57,6 +57,20 @@ def test_auto_continues_what_the_text_file_names(plan: Plan) -> None:
     assert start_of(plan).iteration == 2
 
 
+def test_what_is_not_taken_of_load_is_taken_of_the_runs_own_save(plan: Plan) -> None:
+    """A run that begins with weights alone and is started again with the same file goes on with its own optimizer and random states."""
+    make_saves(plan, 2)
+    taken = {"no_load_optim": True, "no_load_rng": True}
+
+    def left_out(**changes: object) -> tuple[bool, ...]:
+        train = start_of(changed(plan, **taken, **changes)).plan.train
+        return train.no_load_optim, train.no_load_rng
+
+    assert left_out(finetune=True) == (False, False)
+    assert left_out(finetune=False) == (True, True), "of a run that is continued, a user may leave them out"
+    assert left_out(finetune=True, save="") == (True, True)
+
+
 def test_auto_passes_over_what_is_not_whole_and_says_so(plan: Plan) -> None:
     saves = make_saves(plan, 2, 4)
     next((saves.path_of(4) / "actor").glob("*.distcp")).unlink()

@@ -99,6 +99,30 @@ def test_random_states_optimizer_and_schedule_come_back(tiny_text: Path, one_ran
     assert new.engine.schedule.num_steps == 0 and not any(float(moment.abs().sum()) > 0 for moment in moments(new))
 
 
+_DISTRIBUTED = {"optimizer": optimizer_plan(use_distributed_optimizer=True)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"dtype": "bfloat16"}, _DISTRIBUTED, {"dtype": "bfloat16"} | _DISTRIBUTED],
+    ids=["float32", "bfloat16", "float32_distributed", "bfloat16_distributed"],
+)
+def test_a_network_that_rested_goes_on(tiny_text: Path, one_rank: None, tmp_path: Path, changes: dict) -> None:
+    """The actor before its first step, while the critic warms up: the optimizer has nothing to save yet."""
+    trainer, other = (Trainer(folder=tiny_text, **changes) for _ in range(2))
+    with torch.no_grad():
+        for parameter in trainer.engine.policy.parameters():
+            parameter.add_(0.5)
+    trainer.engine.optimizer.reload_model_params()
+    trainer.save(str(tmp_path))
+    other.engine.load(tmp_path)
+    for seed in (1, 2):
+        trainer.step(seed)
+        other.step(seed)
+    for (name, left), right in zip(trainer.engine.policy.named_parameters(), other.engine.policy.parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
 def size_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

@@ -7,16 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint.layouts import new_folder, write_mm
 from mindspeed_mm_rl.models.weight_digest import weight_digest
 from mindspeed_mm_rl.models.weight_layout import to_megatron
-from tests.checkpoints import load, make_training_save
+from tests.checkpoints import load, make_training_save, write_mm
 
 
 def test_every_kind_of_folder_gives_the_same_digest(tiny_vl: Path, tmp_path: Path) -> None:
     weights, config = load(tiny_vl)
-    with new_folder(tmp_path / "mm") as folder:
-        write_mm(folder, to_megatron(weights, config))
+    write_mm(tmp_path / "mm", to_megatron(weights, config))
     save = make_training_save(tmp_path / "save", to_megatron(weights, config))
     assert len({weight_digest(folder, tiny_vl) for folder in (tiny_vl, tmp_path / "mm", save)}) == 1
 

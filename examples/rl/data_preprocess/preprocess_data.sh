@@ -23,4 +23,4 @@ fi
 if [[ -z "${VIRTUAL_ENV:-}" && -x "$REPOSITORY/.venv/bin/python" ]]; then
     PATH="$REPOSITORY/.venv/bin:$PATH"
 fi
-PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}" exec python -m mindspeed_mm_rl.data.preprocess "$config" "$@"
+PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}" exec python -m mindspeed_mm_rl.cli.main preprocess --config "$config" "$@"

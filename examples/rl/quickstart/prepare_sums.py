@@ -18,6 +18,7 @@ from pathlib import Path
 from mindspeed_mm_rl.config.check import check
 from mindspeed_mm_rl.config.load import load_config
 
+MM_CONVERT = Path(__file__).resolve().parents[3] / "checkpoint" / "convert_cli.py"
 WORK = Path("quickstart/text")
 DATA, RANDOM, WARM, MEGATRON = WORK / "data", WORK / "model" / "random", WORK / "model" / "warm", WORK / "ckpt" / "mm"
 
@@ -41,9 +42,9 @@ def warm_up(seed: int) -> None:
 
 
 def to_megatron(seed: int) -> None:
-    command = Path(sys.executable).with_name("mm-convert")
     arguments = ["hf_to_mm", "--cfg.mm_dir", MEGATRON, "--cfg.hf_config.hf_dir", WARM, "--cfg.parallel_config.llm_pp_layers", "[[2]]"]
-    subprocess.run([command, *arguments], check=True)
+    if status := subprocess.run([sys.executable, MM_CONVERT, *arguments]).returncode:
+        raise SystemExit(status)
 
 
 STEPS: dict[Path, tuple[str, Callable[[int], None]]] = {

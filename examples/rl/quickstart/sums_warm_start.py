@@ -21,7 +21,7 @@ from mindspeed_mm_rl.data.chat import ChatRenderer
 
 BATCH = 64
 SLIPS = 0.3
-STOP = 0.4
+STOP = 0.5
 MAX_NEW_TOKENS = 28
 IGNORED = -100
 

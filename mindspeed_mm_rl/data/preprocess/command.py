@@ -141,16 +141,3 @@ def _progress(done: Iterable[Outcome], total: int | None, log_interval: int) -> 
         if lines and number % log_interval == 0:
             rate = number / max(time.monotonic() - began, 1e-9)
             print(f"prepared {number}{f' of {total}' if total else ''} rows ({rate:.0f} a second)", file=sys.stderr)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 done, 2 with one sentence on stderr."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m mindspeed_mm_rl.data.preprocess CONFIG.yaml [key=value ...]", file=sys.stderr)
-        return 0 if arguments else 2
-    try:
-        run(arguments[0], arguments[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0

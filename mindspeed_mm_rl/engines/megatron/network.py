@@ -165,8 +165,5 @@ class NetworkEngine:
 
     def load(self, folder: Path) -> None:
         """Resumes from this network's folder of a save, as far as no_load_optim and no_load_rng let it."""
-        optimizer = None if self.plan.no_load_optim else self.optimizer
-        saves.load(folder, self.network, optimizer, self.schedule, with_rng=not self.plan.no_load_rng)
-        if optimizer is None:
-            # In bfloat16 it trains float32 copies of its own, and would put the weights from before back.
-            self.optimizer.reload_model_params()
+        wanted = {"with_optimizer": not self.plan.no_load_optim, "with_rng": not self.plan.no_load_rng}
+        saves.load(folder, self.network, self.optimizer, self.schedule, **wanted)

@@ -22,15 +22,16 @@ def save(folder: Path, policy: Any, optimizer: Any, schedule: Any) -> None:
     """Collective. `folder` must exist and be empty. Raises OSError or RuntimeError when a rank cannot write its shards."""
     from megatron.core import dist_checkpointing
 
-    state = _sharded_state(policy, optimizer, is_loading=False)
+    # Before its first step Adam has no moments, which could not be loaded.
+    state = _sharded_state(policy, optimizer if schedule.num_steps else None, is_loading=False)
     state["schedule"] = schedule.state_dict()
     state["rng"] = device.rng_state()
     with _ordinary_errors():
         dist_checkpointing.save(state, str(folder))
 
 
-def load(folder: Path, policy: Any, optimizer: Any | None, schedule: Any, with_rng: bool) -> None:
-    """Collective. optimizer None: only weights are taken, the optimizer and its schedule start anew.
+def load(folder: Path, policy: Any, optimizer: Any, schedule: Any, with_optimizer: bool, with_rng: bool) -> None:
+    """Collective. Without optimizer only weights are taken, the optimizer and its schedule start anew.
 
     Raises ValueError, before anything is unpickled, for a folder that holds more than data.
     """
@@ -38,9 +39,14 @@ def load(folder: Path, policy: Any, optimizer: Any | None, schedule: Any, with_r
 
     refuse_code(folder)
     with _ordinary_errors():
-        state = dist_checkpointing.load(_sharded_state(policy, optimizer, is_loading=True), str(folder))
+        has_steps = dist_checkpointing.load_common_state_dict(str(folder))["schedule"]["num_steps"] > 0
+        wanted = _sharded_state(policy, optimizer if with_optimizer and has_steps else None, is_loading=True)
+        state = dist_checkpointing.load(wanted, str(folder))
     load_policy(policy, state["model"])
-    if optimizer is not None:
+    if "optimizer" not in wanted:
+        # In bfloat16 it trains float32 copies of its own, and would put the weights from before back.
+        optimizer.reload_model_params()
+    else:
         settings = [{key: group[key] for key in _SETTINGS} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(optimizer.param_groups, settings, strict=True):
