@@ -22,6 +22,9 @@ def check_target(target: Path) -> None:
         raise ValueError(f"{target} exists and is not empty; give a new folder or delete it first")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} exists and is a file; give a folder")
+    for parent in target.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{parent} is a file, so that {target} can't be made; give another folder")
 
 
 @contextmanager

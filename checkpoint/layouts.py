@@ -48,15 +48,15 @@ def check_found(parallel: ParallelConfig, found: Layout, folder: Path, prefix: s
     """What the user says of a folder against what its files show; raises ValueError with both."""
     for part, name in _NAMES.items():
         given = _stages(f"{prefix}.{name}", getattr(parallel, name))
-        shown = found.text if part == "text" else found.vision
-        if given is not None and shown and given != shown and tuple(sum(given, ())) != tuple(found.stages_of(part)):
-            raise ValueError(f"{prefix}.{name} is {shown(given)} but the files in {folder} hold {shown(shown)}; leave it out")
+        there = found.text if part == "text" else found.vision
+        if given is not None and there and sum(given, ()) != sum(there, ()):
+            raise ValueError(f"{prefix}.{name} is {shown(given)} but the files in {folder} hold {shown(there)}; leave it out")
     given_sizes = {"tp_size": (parallel.tp_size, found.tensor), "ep_size": (parallel.ep_size, found.expert)}
     given_sizes["vit_tp_size"] = (parallel.vit_tp_size, found.tensor_of("vision"))
-    for name, (given, shown) in given_sizes.items():
+    for name, (given, there) in given_sizes.items():
         # 1 and 0 are what these have when the user says nothing.
-        if given > 1 and given != shown:
-            raise ValueError(f"{prefix}.{name} is {given} but the files in {folder} are split into {shown}; leave it out or pass {shown}")
+        if given > 1 and given != there:
+            raise ValueError(f"{prefix}.{name} is {given} but the files in {folder} are split into {there}; leave it out or pass {there}")
 
 
 def tensor_sizes(table: Sequence[Entry], part: Part, uncut_experts: bool) -> list[int]:
@@ -177,14 +177,15 @@ def _check_experts(layout: Layout, known: Mapping[str, int], prefix: str) -> Non
 
 def _check_tensor(table: Sequence[Entry], layout: Layout, part: Part, given: str) -> None:
     size = layout.tensor_of(part)
-    for entry in table:
-        whole = layout.tensor_extends_expert and entry.expert is not None
-        if _modality(entry) == part and entry.units % size and not whole:
-            fitting = _listed(tensor_sizes(table, part, layout.tensor_extends_expert))
-            what = "heads" if entry.groups > 1 or entry.kind == "qkv" else "columns" if entry.split == "columns" else "rows"
-            if entry.split == "glu_rows":
-                what = "rows in each half"
-            raise ValueError(f"{given} does not divide the {entry.units} {what} of {entry.mm}; {fitting} would do")
+    own = [entry for entry in table if _modality(entry) == part and not (layout.tensor_extends_expert and entry.expert is not None)]
+    cut_apart = [entry for entry in own if entry.units % size]
+    if cut_apart:
+        entry = min(cut_apart, key=lambda entry: entry.units)
+        fitting = _listed(tensor_sizes(table, part, layout.tensor_extends_expert))
+        what = "heads" if entry.groups > 1 or entry.kind == "qkv" else "columns" if entry.split == "columns" else "rows"
+        if entry.split == "glu_rows":
+            what = "rows in each half"
+        raise ValueError(f"{given} does not divide the {entry.units} {what} of {entry.mm}; {fitting} would do")
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -55,8 +55,10 @@ class Ranks:
     def names(self, tensor: int = 0, expert: int = 0) -> Iterator[tuple[int, int, str, Tensor]]:
         """(pipeline rank, virtual stage, name, tensor) of one tensor and expert rank."""
         for pipeline in range(self.counts[1]):
-            for virtual, (_, model) in enumerate(sorted(self.contents[tensor, pipeline, expert].items())):
-                for name, value in model.items():
+            content = self.contents[tensor, pipeline, expert]
+            # model10 stands behind model9.
+            for virtual, key in enumerate(sorted(content, key=lambda key: (len(key), key))):
+                for name, value in content[key].items():
                     yield pipeline, virtual, name, value
 
 

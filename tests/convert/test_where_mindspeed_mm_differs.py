@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.convert.converting import digests, run
+from tests.convert.converting import digests, digests_of_hf, run
 from tests.convert.hashed_checkpoint import hashed, make_checkpoint, qwen2_5, qwen2_5_vl
 
 RANK = "model_optim_rng.pt"
@@ -68,6 +68,15 @@ def test_other_spellings_of_a_checkpoint_lose_nothing(rewrite, tmp_path):
     for folder in (source, other):
         assert run("hf_to_mm", **{"mm_dir": tmp_path / f"{folder.name}_mm", "hf_config.hf_dir": folder}) == 0
     assert digests(tmp_path / "other_mm") == digests(tmp_path / "hf_mm")
+
+
+def test_more_than_ten_virtual_stages_come_back(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", qwen2_5(False, num_hidden_layers=13))
+    stages = [[2], *[[1]] * 9, [2]]
+    options = {"mm_dir": tmp_path / "mm", "hf_config.hf_dir": source}
+    assert run("hf_to_mm", **options, **{"parallel_config.llm_pp_layers": stages}) == 0
+    assert run("mm_to_hf", **options, **{"save_hf_dir": tmp_path / "back"}) == 0
+    assert digests_of_hf(tmp_path / "back") == digests_of_hf(source)
 
 
 def test_a_vision_encoder_in_every_stage_is_refused(tmp_path, capsys):
