@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs the tests; installs what is missing first.
 #
-#   bash scripts/test.sh [all ...]           everything that CI runs: lint, unit, parallel, e2e
+#   bash scripts/test.sh [all ...]           everything that CI runs: lint, unit, convert, parallel, e2e
 #   bash scripts/test.sh lint                ruff
 #   bash scripts/test.sh unit [pytest ...]   tests/unit: seconds
+#   bash scripts/test.sh convert [...]       tests/convert: mm-convert over layouts and families, a minute or two
 #   bash scripts/test.sh parallel [...]      tests/parallel: several processes over gloo
 #   bash scripts/test.sh e2e [...]           tests/e2e: Ray and vLLM, minutes
 #
@@ -25,6 +26,7 @@ say() { echo "[test] $*"; }
 
 lint() { "$VENV/bin/ruff" check .; }
 unit() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/unit -q "$@"; }
+convert() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/convert -q "$@"; }
 parallel() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/parallel -q "$@"; }
 e2e() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/e2e -q "$@"; }
 matrix() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/matrix -q "$@"; }
@@ -34,7 +36,7 @@ all() {
     local verb failed=()
     say lint
     lint || failed+=(lint)
-    for verb in unit parallel e2e; do
+    for verb in unit convert parallel e2e; do
         say "$verb"
         "$verb" "$@" || failed+=("$verb")
     done
@@ -49,9 +51,9 @@ main() {
     local verb="${1:-all}"
     [ $# -eq 0 ] || shift
     case "$verb" in
-        all | lint | unit | parallel | e2e | matrix | chaos) ;;
+        all | lint | unit | convert | parallel | e2e | matrix | chaos) ;;
         *)
-            echo "[test] error: unknown verb '$verb': say lint, unit, parallel, e2e, matrix or chaos, or all (the default)" >&2
+            echo "[test] error: unknown verb '$verb': say lint, unit, convert, parallel, e2e, matrix or chaos, or all (the default)" >&2
             exit 2
             ;;
     esac
