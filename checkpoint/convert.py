@@ -10,13 +10,13 @@ from checkpoint.folders import check_target, copy_side_files, new_folder, write_
 from checkpoint.guess import config_of_ranks
 from checkpoint.layouts import check_found, layout_from, unseen_in
 from checkpoint.options import FormatOptions, HfToDcpOptions, HfToMmOptions, MmToHfOptions, ParallelConfig, ResplitOptions
-from checkpoint.rank_writer import CHECKPOINT_VERSION, pending, point_to, rank_jobs
-from checkpoint.safetensors_writer import plan_shards, write_index, write_safetensors_file
+from checkpoint.rank_writer import CHECKPOINT_VERSION, pending, point_to, rank_files
+from checkpoint.safetensors_writer import SafetensorsFile, plan_shards, write_index
 from checkpoint.saved_writer import write_saved
 from checkpoint.sources import HuggingFaceSource, RankSource, Source, known_files, known_names, open_source
-from checkpoint.torch_writer import Pending
+from checkpoint.tensor_files import Pending
 from checkpoint.training_yaml import check_training_yaml
-from checkpoint.work import Job, Work
+from checkpoint.work import Work
 from mindspeed_mm_rl.models.name_rules import Part
 from mindspeed_mm_rl.models.names import PARTS, has_value_head, transformers_5_name, with_value_head
 from mindspeed_mm_rl.models.placement import Layout, placement
@@ -71,16 +71,12 @@ def mm_to_hf(cfg: MmToHfOptions) -> None:
         names = {name: transformers_5_name(name, "vision_config" in config) for name in source.shapes}
     work = Work("mm_to_hf", cfg.workers)
     tensors = [
-        Pending(names.get(name, name), source.shapes[name], source.dtype(name), lambda name=name: work.watch(name, source[name]))
+        Pending(names.get(name, name), source.shapes[name], source.dtype(name), lambda name=name: [work.watch(name, source[name])])
         for name in source.shapes
     ]
     with new_folder(target) as folder:
         files = plan_shards(tensors, known_files(hf_dir))
-        jobs = [
-            Job(name, sum(tensor.nbytes for tensor in shard), lambda name=name, shard=shard: write_safetensors_file(folder / name, shard))
-            for name, shard in files.items()
-        ]
-        work.run(jobs)
+        work.write([SafetensorsFile(folder / name, shard) for name, shard in files.items()])
         write_index(folder, files)
         copy_side_files(hf_dir, folder)
         if cfg.orm:
@@ -95,12 +91,12 @@ def hf_to_mm_dcp(cfg: HfToDcpOptions) -> None:
     layout = layout_from(ParallelConfig(), cfg.common_model_config, FormatOptions(), config)
     check_target(target)
     source = open_source(expect(("hf",), source_dir, config, "hf_to_mm_dcp reads a Hugging Face folder"), config)
-    work = Work("hf_to_mm_dcp", 1)
+    work = Work("hf_to_mm_dcp")
     file = next(placement(spoken_entries(config, layout), layout))
     tensors = [pending(piece, source, work.watch) for piece in file.models["model"]]
     with new_folder(target) as folder:
-        size = sum(tensor.nbytes for tensor in tensors)
-        work.run([Job(RELEASE, size, lambda: write_saved(folder / RELEASE, tensors, CHECKPOINT_VERSION))])
+        with work.shown(sum(tensor.nbytes for tensor in tensors)):
+            write_saved(folder / RELEASE, tensors, CHECKPOINT_VERSION)
         point_to(folder, layout)
     _say_left_out(source)
     print(f"wrote {target}")
@@ -155,7 +151,7 @@ def _write_ranks(
 ) -> None:
     work = Work(title, workers)
     with new_folder(target) as folder:
-        work.run(list(rank_jobs(folder, source, layout, config, parts, work.watch)))
+        work.write(list(rank_files(folder, source, layout, config, parts, work.watch)))
         point_to(folder, layout)
 
 

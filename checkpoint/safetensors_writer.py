@@ -1,14 +1,14 @@
-"""Safetensors files written as a stream, and the index beside them."""
+"""Safetensors files laid out before any tensor is made, and the index beside them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from checkpoint.torch_writer import Pending, made
+from checkpoint.tensor_files import Pending, write_at, write_file
 from mindspeed_mm_rl.models.weight_files import INDEX_FILE, SINGLE_FILE
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -25,28 +25,42 @@ _DTYPES = {
 }
 
 
-def write_safetensors_file(path: Path, tensors: Iterable[Pending]) -> None:
-    """One file; holds one tensor in memory at a time."""
-    # Wide types first, so that every tensor is aligned to its own width.
-    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        header[tensor.name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in ordered:
-            file.write(memoryview(made(tensor).flatten().view(torch.uint8).numpy()))
+class SafetensorsFile:
+    """A TensorFile."""
+
+    def __init__(self, path: Path, tensors: Sequence[Pending]) -> None:
+        self.path = path
+        # Wide types first, so that every tensor is aligned to its own width.
+        self.tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._starts: list[int] = []
+        end = 0
+        for tensor in self.tensors:
+            start, end = end, end + tensor.nbytes
+            self._starts.append(start)
+            header[tensor.name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+
+    def begin(self, descriptor: int) -> None:
+        write_at(descriptor, 0, self._header)
+
+    def offset(self, index: int) -> int:
+        return len(self._header) + self._starts[index]
+
+    def written(self, index: int, content: memoryview) -> None:
+        """Nothing of a tensor's bytes is in the header."""
+
+    def end(self, descriptor: int) -> None:
+        """The header was whole from the beginning."""
 
 
 def write_safetensors(folder: Path, tensors: Sequence[Pending], max_bytes: int = MAX_SHARD_BYTES) -> None:
     """One model.safetensors, or numbered files of at most max_bytes with an index."""
     files = plan_shards(tensors, {}, max_bytes)
     for name, shard in files.items():
-        write_safetensors_file(folder / name, shard)
+        write_file(SafetensorsFile(folder / name, shard))
     write_index(folder, files)
 
 

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from checkpoint.torch_writer import Pending, made
+from checkpoint.tensor_files import Pending
 
 _PREFIX = "model."
 
@@ -25,7 +25,9 @@ class _LazyPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Any:
         if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
-        return made(self._tensors[write_item.index.fqn])
+        pending = self._tensors[write_item.index.fqn]
+        parts = list(pending.parts())
+        return parts[0] if len(parts) == 1 else torch.cat(parts).view(pending.shape)
 
 
 def write_saved(folder: Path, tensors: list[Pending], version: float) -> None:

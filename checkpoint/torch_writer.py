@@ -1,20 +1,24 @@
-"""model_optim_rng.pt written as a stream: torch.save takes one object and with it the whole model, this takes one tensor at a time."""
+"""model_optim_rng.pt as torch.save would write it: its zip entries are laid out before any tensor is made.
+
+torch.save itself takes one object, and with it the whole model.
+"""
 
 from __future__ import annotations
 
 import io
 import pickle
+import struct
 import sys
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from checkpoint.tensor_files import Pending, write_at
 from mindspeed_mm_rl.models.names import Shape
 
 _STORAGES = {
@@ -26,20 +30,15 @@ _STORAGES = {
     torch.int32: torch.IntStorage,
     torch.uint8: torch.ByteStorage,
 }
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A tensor that is made when its turn comes."""
-
-    name: str
-    shape: Shape
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+_ALIGNMENT = 64
+"""Of every entry's content, so that it can be mapped."""
+_PADDING_ID = 0x4246
+_ZIP64_ID = 1
+_LARGE = 0xFFFFFFFF
+_MANY = 0xFFFF
+_VERSION = b"3\n"
+_ZIP_VERSION = 45
+_1980 = 0x21
 
 
 @dataclass(frozen=True)
@@ -70,53 +69,100 @@ class _Pickler(pickle.Pickler):
         return None
 
 
-def write_torch_file(path: Path, models: Mapping[str, Sequence[Pending]], others: Mapping[str, Any]) -> None:
-    """What torch.save({**models, **others}, path) would write, with one tensor in memory.
+@dataclass
+class _Entry:
+    name: bytes
+    size: int
+    header: int
+    """Where its local header begins."""
+    crc: int = 0
 
-    Raises ValueError for a type of number that torch's files have no name for, OSError when the disk is full.
+    @property
+    def sizes(self) -> bytes:
+        """The zip64 field of a content that is too large for the others."""
+        return struct.pack("<HHQQ", _ZIP64_ID, 16, self.size, self.size) if self.size >= _LARGE else b""
+
+    @property
+    def content(self) -> int:
+        """Where its content begins, behind a header that is padded to end there."""
+        least = self.header + 30 + len(self.name) + len(self.sizes) + 4
+        return -(-least // _ALIGNMENT) * _ALIGNMENT
+
+    def local_header(self) -> bytes:
+        shown = min(self.size, _LARGE)
+        padding = self.content - self.header - 30 - len(self.name) - len(self.sizes) - 4
+        extra = self.sizes + struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
+        fields = (_ZIP_VERSION, 0, 0, 0, _1980, self.crc, shown, shown, len(self.name), len(extra))
+        return struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", *fields) + self.name + extra
+
+    def central_header(self) -> bytes:
+        wide = [value for value in (self.size, self.size, self.header) if value >= _LARGE]
+        extra = struct.pack(f"<HH{len(wide)}Q", _ZIP64_ID, 8 * len(wide), *wide) if wide else b""
+        shown = min(self.size, _LARGE)
+        fields = (_ZIP_VERSION, _ZIP_VERSION, 0, 0, 0, _1980, self.crc, shown, shown, len(self.name), len(extra), 0, 0, 0, 0)
+        return struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", *fields, min(self.header, _LARGE)) + self.name + extra
+
+
+class TorchFile:
+    """What torch.save({**models, **others}, path) would write (a TensorFile).
+
+    Raises ValueError for a type of number that torch's files have no name for.
     """
-    keys: dict[tuple[str, str], str] = {}
-    content: dict[str, Any] = {}
-    for model, tensors in models.items():
-        content[model] = {}
-        for tensor in tensors:
-            if tensor.dtype not in _STORAGES:
-                raise ValueError(f"{tensor.name} is of type {tensor.dtype}, which is not offered; convert the model to bfloat16 first")
-            key = keys[model, tensor.name] = str(len(keys))
-            content[model][tensor.name] = _Record(_Storage(key, tensor.dtype, torch.Size(tensor.shape).numel()), tensor.shape)
-    header = io.BytesIO()
-    _Pickler(header, protocol=2).dump({**content, **others})
-    try:
-        _write(path, header.getvalue(), [(keys[model, each.name], each) for model, tensors in models.items() for each in tensors])
-    except RuntimeError as error:
-        # torch's writer knows no OSError.
-        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+
+    def __init__(self, path: Path, models: Mapping[str, Sequence[Pending]], others: Mapping[str, Any]) -> None:
+        self.path = path
+        self.tensors = [tensor for tensors in models.values() for tensor in tensors]
+        keys = iter(range(len(self.tensors)))
+        content = {
+            model: {tensor.name: _Record(_storage(str(next(keys)), tensor), tensor.shape) for tensor in tensors}
+            for model, tensors in models.items()
+        }
+        header = io.BytesIO()
+        _Pickler(header, protocol=2).dump({**content, **others})
+        self._small = {"data.pkl": header.getvalue(), "byteorder": sys.byteorder.encode(), "version": _VERSION}
+        self._entries: list[_Entry] = []
+        self._end = 0
+        for name, small in self._small.items():
+            self._append(name, len(small))
+        for index, tensor in enumerate(self.tensors):
+            self._append(f"data/{index}", tensor.nbytes)
+
+    def begin(self, descriptor: int) -> None:
+        for entry, small in zip(self._entries, self._small.values(), strict=False):
+            entry.crc = zlib.crc32(small)
+            write_at(descriptor, entry.content, small)
+
+    def offset(self, index: int) -> int:
+        return self._entry(index).content
+
+    def written(self, index: int, content: memoryview) -> None:
+        entry = self._entry(index)
+        entry.crc = zlib.crc32(content, entry.crc)
+
+    def end(self, descriptor: int) -> None:
+        for entry in self._entries:
+            write_at(descriptor, entry.header, entry.local_header())
+        directory = b"".join(entry.central_header() for entry in self._entries)
+        write_at(descriptor, self._end, directory + _end_records(len(self._entries), len(directory), self._end))
+
+    def _entry(self, index: int) -> _Entry:
+        return self._entries[len(self._small) + index]
+
+    def _append(self, name: str, size: int) -> None:
+        entry = _Entry(f"{self.path.stem}/{name}".encode(), size, self._end)
+        self._entries.append(entry)
+        self._end = entry.content + size
 
 
-def _write(path: Path, header: bytes, tensors: Sequence[tuple[str, Pending]]) -> None:
-    writer = torch._C.PyTorchFileWriter(str(path))
-    try:
-        writer.write_record("data.pkl", header, len(header))
-        writer.write_record("byteorder", sys.byteorder.encode(), len(sys.byteorder))
-        for key, pending in tensors:
-            tensor = made(pending)
-            writer.write_record(f"data/{key}", _storage(tensor) if tensor.numel() else b"", tensor.nbytes)
-        writer.write_end_of_file()
-    except BaseException:
-        # Without an end its destructor would write one and take the process down; while the traceback holds it, its file is open.
-        with suppress(RuntimeError):
-            writer.write_end_of_file()
-        del writer
-        raise
+def _storage(key: str, tensor: Pending) -> _Storage:
+    if tensor.dtype not in _STORAGES:
+        raise ValueError(f"{tensor.name} is of type {tensor.dtype}, which is not offered; convert the model to bfloat16 first")
+    return _Storage(key, tensor.dtype, torch.Size(tensor.shape).numel())
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    """A storage of exactly the tensor's bytes, without a copy, though the tensor be a part of another's."""
-    return torch.frombuffer(tensor.flatten().view(torch.uint8).numpy(), dtype=torch.uint8).untyped_storage()
-
-
-def made(pending: Pending) -> Tensor:
-    """The tensor, contiguous and as it was announced."""
-    tensor = pending.make().detach().contiguous()
-    assert tuple(tensor.shape) == tuple(pending.shape) and tensor.dtype == pending.dtype, pending
-    return tensor
+def _end_records(count: int, size: int, start: int) -> bytes:
+    """The zip64 records, which every reader takes, and the short one that points to them when its fields are too narrow."""
+    fields = (44, _ZIP_VERSION, _ZIP_VERSION, 0, 0, count, count, size, start)
+    wide = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", *fields) + struct.pack("<4sIQI", b"PK\x06\x07", 0, start + size, 1)
+    shown = min(count, _MANY)
+    return wide + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, shown, shown, min(size, _LARGE), min(start, _LARGE), 0)

@@ -1,38 +1,31 @@
-"""Files written several at a time, with one bar over the bytes of all."""
+"""Tensors of many files written several at a time, with one bar over the bytes of all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from threading import Event
+from contextlib import contextmanager
+from threading import Event, Lock
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from checkpoint.sources import sound
-
-
-@dataclass(frozen=True)
-class Job:
-    name: str
-    size: int
-    """Bytes of weights."""
-    run: Callable[[], None]
+from checkpoint.tensor_files import TensorFile, create, put
 
 
 class Stopped(Exception):
-    """Another file failed first."""
+    """Another tensor failed first."""
 
 
 class Work:
-    """Use as a context; `watch` is what writers pass every tensor through."""
+    """`watch` is what every tensor passes through before it is written."""
 
-    def __init__(self, title: str, workers: int) -> None:
+    def __init__(self, title: str, workers: int = 1) -> None:
         if workers < 1:
             raise ValueError(f"workers is {workers}; it must be at least 1")
-        self.title = title
         self.workers = workers
         self._stop = Event()
         columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -46,16 +39,79 @@ class Work:
         self._progress.advance(self._task, tensor.nbytes)
         return sound(name, tensor)
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Raises what the first job that fails raises; the others end at their next tensor."""
-        self._progress.update(self._task, total=sum(job.size for job in jobs))
-        with self._progress, ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(job.run) for job in jobs]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                self._stop.set() if any(not future.done() or future.exception() for future in futures) else None
-                for future in futures:
-                    future.cancel()
+    @contextmanager
+    def shown(self, total: int) -> Iterator[None]:
+        """Shows the bar while so many bytes pass."""
+        self._progress.update(self._task, total=total)
+        with self._progress:
+            yield
+
+    def write(self, files: Sequence[TensorFile]) -> None:
+        """Writes all files, `workers` tensors at a time. Raises what the first tensor that fails raises."""
+        opened = [_Opened(file) for file in files]
+        total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+        with self.shown(total), ThreadPoolExecutor(self.workers) as pool, self._stopping():
+            futures = [pool.submit(self._unless_stopped, step) for file in opened for step in file.steps()]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                self._stop.set()
+        # Not before all threads are done: a number that is closed may be another file's a moment later.
+        for file in opened:
+            file.close()
         for future in sorted(done, key=lambda future: isinstance(future.exception(), Stopped)):
             future.result()
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """An interrupt ends the threads too."""
+        try:
+            yield
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _unless_stopped(self, step: Callable[[], None]) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        step()
+
+
+class _Opened:
+    """One file among several threads: opened by its first tensor, ended and closed by its last."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self._left = len(file.tensors)
+        self._lock = Lock()
+        self._descriptor: int | None = None
+
+    def steps(self) -> list[Callable[[], None]]:
+        """One for each tensor; a file without any is a step too."""
+        return [lambda index=index: self._put(index) for index in range(self._left)] or [self._write_empty]
+
+    def _put(self, index: int) -> None:
+        descriptor = self._open()
+        put(self._file, index, descriptor)
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._file.end(descriptor)
+            self.close()
+
+    def _write_empty(self) -> None:
+        self._file.end(self._open())
+        self.close()
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = create(self._file)
+                self._file.begin(self._descriptor)
+            return self._descriptor
+
+    def close(self) -> None:
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None

@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors.torch import load_file
 
-from checkpoint.torch_writer import Pending
+from checkpoint.tensor_files import Pending
 
 LAYERS = "text_decoder.decoder.layers."
 
@@ -62,7 +62,7 @@ def write_mm(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
 
 
 def pending(weights: dict[str, torch.Tensor]) -> list[Pending]:
-    return [Pending(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor) for name, tensor in weights.items()]
+    return [Pending(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: [tensor]) for name, tensor in weights.items()]
 
 
 def stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

