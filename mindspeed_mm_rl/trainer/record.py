@@ -65,10 +65,12 @@ def _means(names: dict[str, str], updates: Sequence[Update]) -> dict[str, float]
 
 
 def _of_actor(updates: Sequence[Update]) -> dict[str, float]:
-    """Zeros while the critic warms up alone."""
+    """Nothing is measured, so nothing is said, while the critic warms up alone."""
+    if not updates:
+        return {"train/num_updates": 0.0}
     return _means(_ACTOR_METRICS, updates) | {
-        "actor/lr": updates[-1][1]["lr"] if updates else 0.0,
-        "rollout/logprob_gap/max": max((metrics["logprob_gap_max"] for _, metrics in updates), default=0.0),
+        "actor/lr": updates[-1][1]["lr"],
+        "rollout/logprob_gap/max": max(metrics["logprob_gap_max"] for _, metrics in updates),
         "train/num_updates": float(len(updates)),
     }
 

@@ -74,9 +74,8 @@ class RLTrainer:
             "actor/kl_coef": self.kl.coef,
             "rollout/replaced_replicas": float(self.rollout.take_replaced()),
         }
-        measured_kl = record["actor/kl_in_reward" if self.recipe.kl_in_reward else "actor/kl_loss"]
-        # Where the policy was not trained there is nothing to act on.
-        self.kl.update(measured_kl, len(batch) if updates.actor else 0)
+        if updates.actor:
+            self.kl.update(record["actor/kl_in_reward" if self.recipe.kl_in_reward else "actor/kl_loss"], len(batch))
         return record
 
     def update(self, step: int, batch: Batch, images: list[Any], clock: Stopwatch) -> Updates:
