@@ -154,8 +154,6 @@ class InspectOptions:
 
     path: str
     """Any folder of weights, or one file of it."""
-    hf_config: Optional[HfConfig] = None  # noqa: UP045
-    """Where config.json is: for the layout of files of ranks."""
 
 
 @dataclass

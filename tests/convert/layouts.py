@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from checkpoint.options import (
     ParallelConfig,
     ResplitOptions,
 )
-from tests.convert.families import FAMILIES
+from tests.convert.families import FAMILIES, same, weights
 
 LAYERS = 4
 
@@ -48,6 +48,34 @@ class Choice:
     @property
     def common(self) -> CommonModelConfig:
         return CommonModelConfig(enable_canonical_hf_struct=self.canonical)
+
+
+WAYS = {
+    "tp2": Choice(tp=2),
+    "tp4": Choice(tp=4),
+    "uneven pp2": Choice(llm=((1, 3),), vit=((4, 0),)),
+    "uneven pp3": Choice(llm=((2, 1, 1),), vit=((1, 0, 3),), tp=2),
+    "vpp2": Choice(llm=((1, 1), (1, 1)), vit=((2, 1), (1, 0))),
+    "vpp2 at pp1": Choice(llm=((3,), (1,)), vit=((4,), (0,)), tp=2),
+    "first stages empty": Choice(llm=((0, 2, 2),), vit=((2, 2, 0),)),
+}
+EXPERT_WAYS = {
+    "ep2": Choice(ep=2),
+    "ep4 tp2": Choice(ep=4, tp=2),
+    "ep2 tp4 pp2": Choice(ep=2, tp=4, llm=((3, 1),)),
+    "ep2 extended by tp4": Choice(ep=2, tp=4, form=(("moe_tp_extend_ep", True),)),
+    "grouped, plain names": Choice(ep=2, tp=2, form=(("expert_names", "grouped"), ("moe_tp_extend_ep", False), ("style", "mcore"))),
+}
+
+
+def ways_of(family: str) -> dict[str, Choice]:
+    """Those that fit the family's kind of model."""
+    traits = FAMILIES[family]
+    dense = WAYS if traits.vision else {name: replace(choice, vit=None) for name, choice in WAYS.items()}
+    return dense | (EXPERT_WAYS if traits.experts else {})
+
+
+CASES = {f"{family}-{way}": (family, choice) for family in FAMILIES for way, choice in ways_of(family).items()}
 
 
 @strategies.composite
@@ -119,3 +147,12 @@ def equal(left: object, right: object) -> bool:
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     return left == right
+
+
+def check_pair(source: Path, folder: Path, first: Choice, second: Choice) -> None:
+    """Hugging Face -> first -> Hugging Face changes nothing, and first -> second is what Hugging Face -> second is."""
+    to_mm(source, folder / "first", first)
+    assert same(weights(to_hf(folder / "first", source, folder / "hf", first)), weights(source))
+    to_mm(source, folder / "direct", second)
+    again(folder / "first", source, folder / "second", first, second)
+    assert equal(files(folder / "second"), files(folder / "direct"))

@@ -14,36 +14,13 @@ from safetensors.torch import save_file
 
 from mindspeed_mm_rl.models.names import transformers_5_name
 from tests.convert.families import FAMILIES, rename, same, shard, weights
-from tests.convert.layouts import Choice, again, choices, equal, files, to_hf, to_mm
+from tests.convert.layouts import CASES, Choice, check_pair, choices, equal, files, to_hf, to_mm
 
 LAW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True)
-WAYS = {
-    "tp2": Choice(tp=2),
-    "tp4": Choice(tp=4),
-    "uneven pp2": Choice(llm=((1, 3),), vit=((4, 0),)),
-    "uneven pp3": Choice(llm=((2, 1, 1),), vit=((1, 0, 3),), tp=2),
-    "vpp2": Choice(llm=((1, 1), (1, 1)), vit=((2, 1), (1, 0))),
-    "vpp2 at pp1": Choice(llm=((3,), (1,)), vit=((4,), (0,)), tp=2),
-    "first stages empty": Choice(llm=((0, 2, 2),), vit=((2, 2, 0),)),
-}
-EXPERT_WAYS = {
-    "ep2": Choice(ep=2),
-    "ep4 tp2": Choice(ep=4, tp=2),
-    "ep2 tp4 pp2": Choice(ep=2, tp=4, llm=((3, 1),)),
-    "ep2 extended by tp4": Choice(ep=2, tp=4, form=(("moe_tp_extend_ep", True),)),
-    "grouped, plain names": Choice(ep=2, tp=2, form=(("expert_names", "grouped"), ("moe_tp_extend_ep", False), ("style", "mcore"))),
-}
-CASES = [(family, way, choice) for family in FAMILIES for way, choice in WAYS.items()]
-CASES += [(family, way, choice) for family, traits in FAMILIES.items() if traits.experts for way, choice in EXPERT_WAYS.items()]
 
 
-def fitting(family: str, choice: Choice) -> Choice:
-    return choice if FAMILIES[family].vision else Choice(choice.llm, None, choice.tp, 0, choice.ep, choice.canonical, choice.form)
-
-
-@pytest.mark.parametrize(("family", "choice"), [case[::2] for case in CASES], ids=[f"{family}-{way}" for family, way, _ in CASES])
+@pytest.mark.parametrize(("family", "choice"), CASES.values(), ids=CASES)
 def test_there_and_back(family: str, choice: Choice, model: Callable[..., Path], tmp_path: Path) -> None:
-    choice = fitting(family, choice)
     source = model(family, dtype=torch.bfloat16)
     to_mm(source, tmp_path / "mm", choice)
     to_hf(tmp_path / "mm", source, tmp_path / "hf", choice, check=True)
@@ -58,13 +35,8 @@ def test_random_layouts(family: str, data: strategies.DataObject, model: Callabl
     first, second = data.draw(choices(family)), data.draw(choices(family))
     tied = data.draw(strategies.booleans()) and "deepseek" not in family
     source = model(family, tied, data.draw(strategies.sampled_from([torch.float32, torch.bfloat16])))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        to_mm(source, folder / "first", first)
-        assert same(weights(to_hf(folder / "first", source, folder / "hf", first)), weights(source))
-        to_mm(source, folder / "direct", second)
-        again(folder / "first", source, folder / "second", first, second)
-        assert equal(files(folder / "second"), files(folder / "direct"))
+    with tempfile.TemporaryDirectory() as folder:
+        check_pair(source, Path(folder), first, second)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
