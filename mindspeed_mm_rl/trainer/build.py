@@ -12,6 +12,7 @@ from mindspeed_mm_rl.algorithms.recipes import RecipeSettings, make_kl_controlle
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.models.families import read_architecture
+from mindspeed_mm_rl.platforms import signals
 from mindspeed_mm_rl.report import report_evaluation, write_report
 from mindspeed_mm_rl.rewards.pool import RewardPool
 from mindspeed_mm_rl.rewards.scoring import RewardSettings
@@ -62,7 +63,7 @@ def evaluate(plan: Plan) -> dict[str, float]:
                 with _console.status("starting Ray, the trainer and the rollout engine"):
                     trainers, rollout = _start_workers(plan, guardian)
                 rollout.receive_weights(trainers.actor.publish_weights(), 0)
-                with open_evaluator(state, trainers, rollout) as evaluator:
+                with signals.held(), open_evaluator(state, trainers, rollout) as evaluator:
                     return evaluator.evaluate()
         finally:
             placement.stop()
@@ -80,7 +81,8 @@ def _run(start: Start) -> None:
                 rewards.wait_ready()
                 with _console.status("starting Ray, the trainer and the rollout engine"):
                     trainers, rollout = _start_workers(plan, guardian)
-                _train(state, trainers, rollout, loader, rewards)
+                with signals.held():
+                    _train(state, trainers, rollout, loader, rewards)
         finally:
             placement.stop()
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.metrics import Stopwatch
+from mindspeed_mm_rl.platforms import signals
 from mindspeed_mm_rl.rewards.pool import RewardPool
 from mindspeed_mm_rl.rewards.scoring import GroupScores
 from mindspeed_mm_rl.types import Group, Prompt, RolloutGroup, RolloutRequest, Sampling
@@ -99,6 +100,7 @@ class GroupSampler:
         last = time.monotonic()
         while waiting:
             done, _ = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            signals.let_through()
             for future in done:
                 del waiting[future]
                 last = time.monotonic()

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed_mm_rl.platforms import processes
+from mindspeed_mm_rl.platforms import processes, signals
 from mindspeed_mm_rl.workers import failure
 from mindspeed_mm_rl.workers.failure import Member, WorkerFailed
 
+_LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
 """After one worker has failed, for the others to say what they know. Waiting longer only delays the message."""
 _BEHIND_COLLECTIVES_SECONDS = 5.0
@@ -55,8 +56,10 @@ def answers(calls: Sequence[Call], timeout_seconds: float, doing: str) -> list[A
     deadline = time.monotonic() + timeout_seconds + _BEHIND_COLLECTIVES_SECONDS
     pending, got = [call.ref for call in calls], {}
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
+        left = deadline - time.monotonic()
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, min(left, _LOOK_SECONDS)))
+        signals.let_through()
+        if not done and left <= 0:
             raise silent([call for call in calls if call.ref in pending], timeout_seconds, doing)
         for ref in done:
             try:

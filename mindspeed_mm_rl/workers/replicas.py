@@ -14,6 +14,7 @@ from typing import Any
 
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.engines.vllm.environment import rollout_env
+from mindspeed_mm_rl.platforms import signals
 from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.weights.host import WeightHandle
 from mindspeed_mm_rl.workers import placement
@@ -72,6 +73,7 @@ class RolloutGroupStream:
         streams = {self._ask(i, share, images, sampling): _Share(i, share) for i, share in enumerate(shares) if share}
         while streams:
             done, _ = ray.wait(list(streams), num_returns=1, timeout=_LOOK_SECONDS)
+            signals.let_through()
             for stream in done:
                 share = streams[stream]
                 try:

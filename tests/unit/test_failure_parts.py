@@ -155,6 +155,33 @@ def test_whatever_ends_the_driver_its_processes_go_too(number: signal.Signals, t
         assert told == f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}\n"
 
 
+HELD = """
+import os, signal, sys
+from mindspeed_mm_rl.platforms import signals
+signals.stop_on_signals()
+try:
+    with signals.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("noted", flush=True)
+        if sys.argv[1] == "wait":
+            signals.let_through()
+            print("never", flush=True)
+        if sys.argv[1] == "error":
+            raise ValueError("the trainer is gone")
+    print("never", flush=True)
+except signals.StoppedBySignal as stop:
+    print(repr(stop.__context__), flush=True)
+    sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.parametrize("ends_by, context", [("wait", "None"), ("end", "None"), ("error", "ValueError('the trainer is gone')")])
+def test_a_signal_waits_for_a_place_where_it_breaks_nothing(ends_by: str, context: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", HELD, ends_by], env=environment, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (143, f"noted\n{context}\n", "")
+
+
 STAND_IN = """
 #!/usr/bin/env bash
 # In place of mm-rl: writes down how it is called; its exit codes are the words of CODES.
