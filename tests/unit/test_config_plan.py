@@ -129,6 +129,8 @@ def test_a_stage_has_the_defaults_of_its_paper_and_says_so(tmp_path):
     own = plan_of(tmp_path, "megatron_training.stage=ray_gspo", "rl_config.clip_ratio=0.1", "rl_config.init_kl_coef=0.5").recipe
     assert (own.clip_ratio_low, own.clip_ratio_high, own.kl_coef) == (0.1, 0.1, 0.5)
     assert plan_of(tmp_path, "megatron_training.stage=ray_dr_grpo").recipe.loss_length == 2048
+    unused = plan_of(tmp_path, "megatron_training.stage=ray_rloo", "rl_config.use_kl_in_reward=false").notes
+    assert "rl_config: use_kl_in_reward isn't used: ray_rloo decides it (arXiv 2402.14740)" in unused
     assert plan_of(tmp_path, "megatron_training.stage=ray_reinforce_plus_plus_baseline").recipe.kl_penalty == "mse"
 
 
