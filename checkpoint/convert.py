@@ -32,7 +32,8 @@ def hf_to_mm(cfg: HfToMmOptions) -> None:
     Raises ValueError, before anything is written, when layout, weights and config.json do not agree.
     """
     source_dir, target = Path(cfg.hf_config.hf_dir).expanduser(), Path(cfg.mm_dir).expanduser()
-    config = model_config(source_dir, cfg.orm)
+    first_logit = cfg.orm_head == "first_logit"
+    config = model_config(source_dir, cfg.orm or first_logit)
     layout = layout_from(cfg.parallel_config, cfg.common_model_config, cfg.format, config)
     parts = _VISION_PARTS if cfg.save_vit_only else PARTS
     if cfg.save_vit_only and "vision_config" not in config:
@@ -42,7 +43,7 @@ def hf_to_mm(cfg: HfToMmOptions) -> None:
         check_training_yaml(Path(cfg.training_yaml).expanduser(), layout, role, cfg.save_vit_only)
     check_target(target)
     found = expect(("hf",), source_dir, config, "hf_to_mm reads a Hugging Face folder")
-    source = open_source(found, config, parts)
+    source = open_source(found, config, parts, first_logit=first_logit)
     _write_ranks("hf_to_mm", target, source, layout, config, parts, cfg.workers)
     _say_left_out(source)
     print(f"wrote {target} ({'the vision encoder alone' if cfg.save_vit_only else 'load it as actor_config.load'})")

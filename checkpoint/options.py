@@ -84,6 +84,9 @@ class HfToMmOptions:
     orm: bool = False
     """The model is a critic or a reward model: score.weight [1, hidden] becomes the output layer. --orm for short; needs no setting where
     config.json names a ForSequenceClassification class."""
+    orm_head: Literal["score", "first_logit"] = "score"
+    """Where the score of a critic or reward model comes from. first_logit: the first row of lm_head.weight, as in Nemotron reward models,
+    whose reward is the first logit of the next token; a language model's first row means nothing of the kind."""
     save_vit_only: bool = False
     """Only the vision encoder and its projector."""
     training_yaml: str = ""

@@ -12,13 +12,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from mindspeed_mm_rl.models.names import PARTS, Entry, Part, Shape, canonical_hf_name, entries, is_buffer, sizes
+from mindspeed_mm_rl.models.names import PARTS, Entry, Part, Shape, canonical_hf_name, entries, has_value_head, is_buffer, sizes
 from mindspeed_mm_rl.models.rank_files import NOTHING_SAID, RankWeights, Unseen
 from mindspeed_mm_rl.models.saved_weights import SavedWeights
 from mindspeed_mm_rl.models.weight_files import INDEX_FILE, HuggingFaceWeights, WeightFolder
 from mindspeed_mm_rl.models.weight_layout import check_hf_shapes, check_megatron_shapes, check_tied, separate_one
 
-_TIED = ("model.embed_tokens.weight", "lm_head.weight")
+_SCORE, _HEAD = "score.weight", "lm_head.weight"
+_TIED = ("model.embed_tokens.weight", _HEAD)
 _TIED_MM = ("text_decoder.embedding.word_embeddings.weight", "text_decoder.output_layer.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _FUSED_EXPERTS = re.compile(r"(?P<prefix>.+\.mlp\.experts\.)(?P<what>gate_up_proj|down_proj)$")
@@ -46,27 +47,38 @@ class Source(Protocol):
 class HuggingFaceSource:
     """safetensors under old or new names, experts apart or fused; names and shapes are checked first. Raises ValueError."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], parts: Sequence[Part] = PARTS) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], parts: Sequence[Part] = PARTS, first_logit: bool = False) -> None:
+        """first_logit: the first row of lm_head is the score."""
         self._weights = HuggingFaceWeights(folder)
         table = entries(config)
         _refuse_scales(folder, self._weights)
         self.left_out = _beyond_last_layer(self._weights, config)
         """Names of prediction layers behind the last one, which are not converted."""
         self._names = {canonical_hf_name(name): name for name in self._weights if not is_buffer(name) and name not in self.left_out}
+        self._first_logit = first_logit
+        if first_logit:
+            self._names[_SCORE] = self._names.pop(_HEAD, "")
+            if not self._names[_SCORE]:
+                raise ValueError(f"{folder}: orm_head is first_logit, but there is no {_HEAD} to take it from; leave it out")
         self._fused = _fused(self._names, table)
         found = {name: self._weights.shapes[there] for name, there in self._names.items() if not _FUSED_EXPERTS.match(name)}
+        if first_logit:
+            found[_SCORE] = (1, found[_SCORE][1])
         found |= {name: self._fused_shape(name) for name in self._fused}
         try:
             check_hf_shapes(found, config, parts)
             if set(_TIED) <= found.keys():
                 check_tied({name: self[name] for name in _TIED}, table, _TIED)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+            hint = " (if the reward is the first logit, as in Nemotron reward models, add orm_head first_logit)"
+            raise ValueError(f"{folder}: {error}{hint if has_value_head(config) and _HEAD in found else ''}") from error
         self.parts = tuple(parts)
         self.shapes = _wanted(table, parts)
         self.new_names = any(name != canonical_hf_name(name) for name in self._weights)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name == _SCORE and self._first_logit:
+            return self._weights.part(self._names[name], 0)[None]
         if name not in self._fused:
             return self._weights[self._names[name]]
         fused, expert, rows = self._fused[name]
@@ -119,12 +131,12 @@ class SavedSource:
 
 
 def open_source(
-    found: WeightFolder, config: Mapping[str, Any], parts: Sequence[Part] = PARTS, unseen: Unseen = NOTHING_SAID
+    found: WeightFolder, config: Mapping[str, Any], parts: Sequence[Part] = PARTS, unseen: Unseen = NOTHING_SAID, first_logit: bool = False
 ) -> HuggingFaceSource | RankSource | SavedSource:
     """The weights of a recognised folder; names and shapes of all of them are checked against config.json. Raises ValueError."""
     match found.kind:
         case "hf":
-            return HuggingFaceSource(found.weights, config, parts)
+            return HuggingFaceSource(found.weights, config, parts, first_logit)
         case "mm" | "ranks":
             return RankSource(found.ranks, config, unseen)
         case "training":

@@ -84,6 +84,21 @@ def test_a_reward_model_there_and_back(reward_model, flag, tmp_path):
     assert torch.equal(scores(tmp_path / "hf"), scores(reward_model))
 
 
+def test_a_reward_that_is_the_first_logit(tiny_text, tmp_path, capsys):
+    """As in Nemotron reward models: a causal language model whose first logit at the last token is the reward."""
+    assert hf_to_mm(tiny_text, tmp_path / "tied", "--cfg.orm_head", "first_logit") == 2
+    assert "there is no lm_head.weight to take it from" in capsys.readouterr().err
+    source = make_tiny_text(tmp_path / "text")
+    assert hf_to_mm(source, tmp_path / "score", "--orm") == 2
+    assert "as in Nemotron reward models, add orm_head first_logit" in capsys.readouterr().err
+    assert hf_to_mm(source, tmp_path / "mm", "--cfg.orm_head", "first_logit") == 0
+    assert mm_to_hf(tmp_path / "mm", source, tmp_path / "hf", "--orm") == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        first = model(torch.arange(20, 60)[None]).logits[0, -1, 0]
+    torch.testing.assert_close(scores(tmp_path / "hf")[0, 0], first, atol=1e-5, rtol=0)
+
+
 def test_a_critic_comes_out_of_a_training_save(reward_model, tmp_path):
     """hf_dir is the actor's: its config.json names the next token's model."""
     actor = reward_model.parent / "text"
