@@ -52,15 +52,14 @@ class _Stopped(BaseException):
 
 def main(descriptor: int) -> None:
     signal.signal(signal.SIGTERM, _stop)
-    with Connection(descriptor) as pipe:
-        try:
-            _serve(pipe)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return  # The pool is gone.
-        except _Stopped:
-            # The exit code says what happened.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        # Outside of all else: the signal may come while the end of the pipe is being handled.
+        with Connection(descriptor) as pipe, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            _serve(pipe)  # Until the pool is gone.
+    except _Stopped:
+        # The exit code says what happened.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
