@@ -13,7 +13,6 @@ from checkpoint.options import FormatOptions, HfToDcpOptions, HfToMmOptions, MmT
 from checkpoint.rank_writer import CHECKPOINT_VERSION, pending, point_to, rank_files
 from checkpoint.safetensors_writer import SafetensorsFile, plan_shards, write_index
 from checkpoint.saved_writer import write_saved
-from checkpoint.sources import HuggingFaceSource, RankSource, Source, known_files, known_names, open_source
 from checkpoint.tensor_files import Pending
 from checkpoint.training_yaml import check_training_yaml
 from checkpoint.work import Work
@@ -22,6 +21,7 @@ from mindspeed_mm_rl.models.names import PARTS, has_value_head, transformers_5_n
 from mindspeed_mm_rl.models.placement import Layout, placement
 from mindspeed_mm_rl.models.rank_files import open_ranks, spoken_entries
 from mindspeed_mm_rl.models.weight_files import ACTOR_FOLDER, CRITIC_FOLDER, RELEASE, FolderKind, WeightFolder, read_config, recognise
+from mindspeed_mm_rl.models.weight_sources import HuggingFaceSource, RankSource, Source, known_files, known_names, open_source
 
 _VISION_PARTS: tuple[Part, ...] = ("vision", "projector")
 

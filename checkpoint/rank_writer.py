@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint.sources import Source
 from checkpoint.tensor_files import Pending
 from checkpoint.torch_writer import TorchFile
 from mindspeed_mm_rl.models.name_rules import Part
@@ -16,6 +15,7 @@ from mindspeed_mm_rl.models.placement import Layout, Piece, placement
 from mindspeed_mm_rl.models.rank_files import MODEL_FILE, spoken_entries, take
 from mindspeed_mm_rl.models.weight_files import ITERATION_FILE, RELEASE
 from mindspeed_mm_rl.models.weight_layout import parts_in_order
+from mindspeed_mm_rl.models.weight_sources import Source
 
 CHECKPOINT_VERSION = 3.0
 _ITERATION = 1

@@ -10,10 +10,10 @@ import torch
 from checkpoint.guess import config_of_ranks
 from checkpoint.layouts import unseen_in
 from checkpoint.options import ParallelConfig, VerifyOptions
-from checkpoint.sources import Source, open_source
 from mindspeed_mm_rl.models.names import has_value_head, with_value_head
 from mindspeed_mm_rl.models.rank_files import open_ranks, same_bits
 from mindspeed_mm_rl.models.weight_files import ACTOR_FOLDER, CRITIC_FOLDER, read_config, recognise
+from mindspeed_mm_rl.models.weight_sources import Source, open_source
 
 _SHOWN = 10
 

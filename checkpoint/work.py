@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from checkpoint.sources import sound
 from checkpoint.tensor_files import TensorFile, create, put
+from mindspeed_mm_rl.models.weight_sources import sound
 
 
 class Stopped(Exception):

@@ -58,7 +58,32 @@ _TEXT_MODELS = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
 }
+_OF_FAMILY = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": 40,
+        "kv_lora_rank": 48,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 20,
+    },
+}
+"""Keys of config.json that a family has besides those of TinySizes."""
 
 
 @functools.cache
@@ -112,6 +137,9 @@ def _save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTraine
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model.generation_config = transformers.GenerationConfig(eos_token_id=end, pad_token_id=pad)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,12 +147,16 @@ def _save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTraine
     tokenizer.save_pretrained(folder)
 
 
-def make_tiny_text(folder: Path | str, seed: int = 0, family: str = "qwen2", rope: dict | None = None, **sizes) -> Path:
-    """A random text model in `folder`; family: a key of _TEXT_MODELS; rope: rope_parameters to add; `sizes` are fields of TinySizes."""
+def make_tiny_text(
+    folder: Path | str, seed: int = 0, family: str = "qwen2", rope: dict | None = None, more: dict | None = None, **sizes
+) -> Path:
+    """A random text model in `folder`; family: a key of _TEXT_MODELS; rope: rope_parameters to add; more: other keys of config.json;
+    `sizes` are fields of TinySizes."""
     chosen = TinySizes(**sizes)
     tokenizer = _tokenizer(min(chosen.vocab, 2048))
     config_class, model_class = _TEXT_MODELS[family]
     config = _text_config(chosen, tokenizer) | ({"head_dim": chosen.head_dim} if chosen.head_dim else {})
+    config |= _OF_FAMILY.get(family, {}) | (more or {})
     rope_parameters = {"rope_type": "default", "rope_theta": 10000.0} | (rope or {})
     torch.manual_seed(seed)
     _save(model_class(config_class(**config, rope_parameters=rope_parameters)), tokenizer, Path(folder))

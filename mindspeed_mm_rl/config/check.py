@@ -198,23 +198,11 @@ def _clip(config: Config) -> None:
 
 
 def _parallel(config: Config) -> None:
-    actor, devices = config.actor_config, config.rl_config.actor_resource.num_npus
-    ranks = actor.tensor_model_parallel_size * actor.pipeline_model_parallel_size * actor.context_parallel_size
-    if devices % ranks:
-        raise ValueError(
-            f"rl_config.actor_resource.num_npus ({devices}) must be a multiple of tensor x pipeline x context parallel sizes "
-            f"({actor.tensor_model_parallel_size} x {actor.pipeline_model_parallel_size} x {actor.context_parallel_size} = {ranks}); "
-            "change num_npus or one of the sizes"
-        )
+    devices = config.rl_config.actor_resource.num_npus
     if devices % config.generate_config.infer_tensor_parallel_size:
         raise ValueError(
             f"rl_config.actor_resource.num_npus ({devices}) must be a multiple of generate_config.infer_tensor_parallel_size "
             f"({config.generate_config.infer_tensor_parallel_size}); change one of them"
-        )
-    if actor.sequence_parallel and actor.tensor_model_parallel_size == 1:
-        raise ValueError(
-            "actor_config.sequence_parallel (true) needs actor_config.tensor_model_parallel_size > 1, which is 1; set sequence_parallel to "
-            "false"
         )
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mindspeed_mm_rl.config.check import REWARD_MODEL, check, check_model, kl_coef, train_prompts
+from mindspeed_mm_rl.config.layout import expert_sizes, pipeline_layers
+from mindspeed_mm_rl.config.layout_rules import check_layout
 from mindspeed_mm_rl.config.load import read_runtime_env
 from mindspeed_mm_rl.config.model_file import ModelChoices, compare_architecture, find_file, is_vision_model, model_choices, read_hf_config
 from mindspeed_mm_rl.config.plan import (
@@ -23,18 +25,21 @@ from mindspeed_mm_rl.config.plan import (
 )
 from mindspeed_mm_rl.config.schema import Config
 from mindspeed_mm_rl.config.stages import STAGES, has_critic, with_stage_defaults
+from mindspeed_mm_rl.config.vision import check_vision, vision_notes, vision_plan
 from mindspeed_mm_rl.platforms import device
 
 _PROMPT_KEY, _IMAGE_KEY = "prompt", "images"
 _ADAM_EPS = 1e-8
 _SHARED_WITH_CRITIC = ("train_iters", "global_batch_size", "bf16", "min_pixels", "max_pixels", "npu_deterministic")
 _OF_CRITIC_ALONE = {
-    "load", "save", "seed", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-    "expert_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "recompute_granularity", "micro_batch_size", "lr",
-    "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "no_load_optim",
-    "no_load_rng",
+    "load", "save", "seed", "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layer_list",
+    "num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size", "context_parallel_size", "context_parallel_algo",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "moe_tp_extend_ep", "sequence_parallel", "use_distributed_optimizer",
+    "overlap_grad_reduce", "overlap_param_gather", "recompute_granularity", "micro_batch_size", "lr", "min_lr", "lr_decay_style",
+    "lr_warmup_fraction", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "no_load_optim", "no_load_rng",
 }  # fmt: skip
 """Keys that act in critic_config; the others are the actor's."""
+_ULYSSES = ("ulysses_cp_algo", "ulysses")
 _FLOAT32_GAP_BOUND = 0.1
 """In float32 the two engines agree to about 1e-4; a tenth means that one of them computes something else."""
 _OF_TEXT = ("acc", "base_acc", "acc_for_dapo", "math_verify_reward", "format", "strict_format")
@@ -53,22 +58,31 @@ def make_plan(config: Config) -> Plan:
     hf = read_hf_config(hf_path)
     if hf is not None:
         compare_architecture(config.model, config.architecture, hf, hf_path)
-    choices, vision = model_choices(config.model), is_vision_model(hf, config.model)
+    choices, vision = model_choices(config.model, hf), is_vision_model(hf, config.model)
     env = config.rl_config.runtime_env_path
     rollout = _rollout(config, hf_path, vision and choices.freeze_vision and choices.freeze_projector)
     if hf is not None:
         check_model(rollout, hf, on_cpu=device.kind() == "cpu")
+    check_vision(config, hf, vision)
+    train = _train(config, hf_path, choices)
+    critic = _critic(config, hf_path, choices) if has_critic(config.actor_config.stage) else None
+    for section, role in (("actor_config", train), ("critic_config", critic)):
+        if role is not None:
+            check_layout(section, role, config.rl_config.actor_resource.num_npus, hf)
+    workers = vision_plan(config, train, _absolute(config.vit_config.load))
     return Plan(
         run=_run(config),
-        train=_train(config, hf_path, choices),
+        train=replace(train, with_vision=workers is None),
         rollout=rollout,
         data=_data(config, hf_path),
         reward=_reward(config, vision),
         recipe=_recipe(config),
         runtime_env=read_runtime_env(env, config.folder) if env else (),
-        notes=(*config.notes, *_notes(config, vision)),
+        notes=(*config.notes, *_notes(config, vision), *vision_notes(config)),
         eval=_eval(config, vision),
-        critic=_critic(config, hf_path, choices) if has_critic(config.actor_config.stage) else None,
+        # One that is trained is each network's own: the workers train the actor's.
+        critic=critic and replace(critic, with_vision=workers is None or not rollout.image_embeds),
+        vision=workers,
     )
 
 
@@ -126,9 +140,11 @@ def _run(config: Config) -> RunPlan:
     )
 
 
-def _train(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
+def _train(config: Config, hf_path: str, choices: ModelChoices, section: str = "actor_config") -> TrainPlan:
+    """section: whose keys stand in config.actor_config, for messages."""
     actor, rl = config.actor_config, config.rl_config
     load = _absolute(actor.load) or hf_path
+    expert, expert_tensor = expert_sizes(section, actor)
     bound = rl.logprob_gap_bound
     return TrainPlan(
         hf_path=hf_path,
@@ -141,14 +157,15 @@ def _train(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
         tensor_parallel_size=actor.tensor_model_parallel_size,
         pipeline_parallel_size=actor.pipeline_model_parallel_size,
         context_parallel_size=actor.context_parallel_size,
-        expert_parallel_size=actor.expert_model_parallel_size,
+        expert_parallel_size=expert,
         sequence_parallel=actor.sequence_parallel,
         max_tokens_per_micro_batch=rl.max_packing_token_size,
         max_samples_per_micro_batch=0 if rl.use_dynamic_bsz else actor.micro_batch_size or 0,
         temperature=config.generate_config.sampling_config.temperature,
         min_pixels=config.actor_config.min_pixels,
         max_pixels=config.actor_config.max_pixels,
-        recompute=actor.recompute_granularity == "full" or choices.recompute,
+        recompute=(actor.recompute_granularity or choices.recompute) == "full",
+        recompute_attention=(actor.recompute_granularity or choices.recompute) == "selective",
         deterministic=actor.npu_deterministic,
         optimizer=_optimizer(config, config.actor_config.train_iters - rl.critic_warmup),
         no_load_optim=actor.no_load_optim,
@@ -157,6 +174,9 @@ def _train(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
         timeout_seconds=rl.timeout_seconds,
         threads=_threads(config),
         logprob_gap_bound=bound if bound is not None else _FLOAT32_GAP_BOUND if not actor.bf16 else 0.0,
+        pipeline_layers=pipeline_layers(section, actor, choices.pipeline_num_layers, choices.num_layers),
+        context_parallel_algorithm="ulysses" if actor.context_parallel_algo in _ULYSSES else "all_gather",
+        expert_tensor_parallel_size=expert_tensor,
     )
 
 
@@ -165,7 +185,9 @@ def _critic(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
     actor = config.actor_config
     shared = {key: getattr(actor, key) for key in _SHARED_WITH_CRITIC} | {"load": config.critic_config.load or actor.load}
     own = config.model_copy(update={"actor_config": config.critic_config.model_copy(update=shared)})
-    train = _train(own, hf_path, choices)
+    if config.critic_config.pipeline_model_parallel_size != actor.pipeline_model_parallel_size:
+        choices = replace(choices, pipeline_num_layers=None)  # The model file's split is the actor's.
+    train = _train(own, hf_path, choices, "critic_config")
     return replace(train, reference_load=train.load, optimizer=_optimizer(own, actor.train_iters), logprob_gap_bound=0.0)
 
 
@@ -183,6 +205,8 @@ def _optimizer(config: Config, iterations: int) -> OptimizerPlan:
         adam_eps=_ADAM_EPS,
         clip_grad=actor.clip_grad,
         use_distributed_optimizer=actor.use_distributed_optimizer,
+        overlap_grad_reduce=actor.overlap_grad_reduce,
+        overlap_param_gather=actor.overlap_param_gather,
     )
 
 

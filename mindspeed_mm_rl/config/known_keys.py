@@ -26,7 +26,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
     "megatron_training": {
         _KERNELS: "use_mcore_models spec use_flash_attn use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb shape_order "
         "no_bias_dropout_fusion no_masked_softmax_fusion attention_softmax_in_fp32 no_gradient_accumulation_fusion "
-        "gemm_gradient_accumulation_fusion overlap_grad_reduce overlap_param_gather reuse_fp32_param swap_attention swap_optimizer "
+        "gemm_gradient_accumulation_fusion reuse_fp32_param swap_attention swap_optimizer "
         "recompute_method recompute_num_layers recompute_activation_function accumulate_allreduce_grads_in_fp32 ddp_bucket_size "
         "use_ascend_coc coc_mode coc_parallel_num coc_fused_kernel transformer_impl use_cp_send_recv_overlap "
         "use_fused_ring_attention_update moe_grouped_gemm moe_permutation_async_comm moe_alltoall_overlap_comm "
@@ -38,7 +38,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "tokenizer_padding_side prompt_type prompt_type_path",
         "columns are found by name; train.parquet is used whole": "split dataset_additional_keys dataloader_type "
         "full_shuffle_instruction_dataset is_instruction_dataset",
-        "chosen for the device": "distributed_backend no_shared_storage use_tp_pp_dp_mapping context_parallel_algo",
+        "chosen for the device": "distributed_backend no_shared_storage use_tp_pp_dp_mapping",
         "the model file and config.json say it": "model mm_model algorithm make_vocab_size_divisible_by",
         "every iteration is logged": "log_interval log_throughput",
         "section eval says what is evaluated, and when": "eval_iters eval_interval",
@@ -55,8 +55,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         _FLOW: "blocking guarantee_order async_engine zmq_communication data_strategy transfer_queue_data_shard_num "
         "transfer_queue_data_shard_port_base require_max_age_all_finished enable_sharding_validate",
         _DEVICES: "vit_resource num_cpus_for_local_task num_cpus_for_placement_group hccl_buffersize critic_resource",
-        "a frozen vision encoder runs once per picture and iteration, in the actor, and everyone shares its output": "reuse_image_embeds "
-        "colocate_actor_and_vit",
+        "a frozen vision encoder runs once per picture and iteration, and everyone shares its output": "reuse_image_embeds",
         "the model's config.json says it": "is_multimodal",
         "no algorithm here uses it": "beta tp_split_expert",
         "multi_turn_enable isn't offered in this version": "tool_config_path max_tool_calls max_parallel_calls max_total_response_length "
@@ -100,7 +99,7 @@ add_qkv_bias attention_bias disable_bias_linear untie_embeddings_and_output_weig
 multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim num_experts n_shared_experts
 moe_ffn_hidden_size moe_intermediate_size first_k_dense_replace moe_layer_freq moe_router_topk moe_router_num_groups
 moe_router_group_topk moe_router_topk_scaling_factor moe_router_score_function moe_router_enable_expert_bias
-moe_router_load_balancing_type moe_aux_loss_coeff moe_tp_extend_ep norm_topk_prob seq_aux
+moe_router_load_balancing_type moe_aux_loss_coeff norm_topk_prob seq_aux
 """
 ARCHITECTURE = frozenset(_ARCHITECTURE_KEYS.split())
 """Keys of the megatron sections that describe the model: config.json decides, numbers that differ are an error."""
@@ -118,9 +117,7 @@ NOT_OFFERED: dict[str, dict[str, NotOffered]] = {
         "load_checkpoint_loosely": NotOffered(_OFF, "convert the checkpoint so that every weight has its place"),
         "no_save_optim": NotOffered(_OFF, "saves are always complete"),
         "no_save_rng": NotOffered(_OFF, "saves are always complete"),
-        "num_layer_list": NotOffered(("",), "use pipeline_model_parallel_size: layers are split evenly"),
-        "num_layers_per_virtual_pipeline_stage": NotOffered((), "use pipeline_model_parallel_size alone"),
-        "noop_layers": NotOffered(("",), "use pipeline_model_parallel_size alone"),
+        "noop_layers": NotOffered(("",), "use num_layer_list: stages may hold different numbers of layers"),
         "lora_target_modules": NotOffered(("", []), "train all weights"),
         "skip_train": NotOffered(_OFF, "remove it"),
         "enable_high_availability": NotOffered(_OFF, "save often and start again from the last save"),
@@ -158,10 +155,10 @@ NOT_OFFERED: dict[str, dict[str, NotOffered]] = {
     "msprobe_config": {"msprobe": NotOffered(_OFF, "set it to false")},
 }
 
-IGNORED_SECTIONS: dict[str, str] = {
-    "vit_config": "the vision encoder's weights come with actor_config.load, its layout is the actor's",
-}
-"""Role sections whose keys are checked and then not used."""
+NO_VISION_WORKERS = (
+    "rl_config.colocate_actor_and_vit is false, so the vision encoder's weights come with actor_config.load and its layout is the actor's"
+)
+"""Why vit_config isn't used."""
 
 REFUSED_SECTIONS: dict[str, str] = {
     "ref_config": "the reference has the actor's layout; give its weights in rl_config.integrated_mode_config.ref_model_load_path",

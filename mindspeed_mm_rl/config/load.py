@@ -18,7 +18,7 @@ from mindspeed_mm_rl.config.schema import Config, EvalConfig, GenerateConfig, Me
 from mindspeed_mm_rl.config.spellings import SPELLINGS
 from mindspeed_mm_rl.config.stages import has_critic
 
-_ROLES = ("actor_config", "critic_config", *known_keys.IGNORED_SECTIONS)
+_ROLES = ("actor_config", "critic_config", "vit_config")
 _SECTIONS: dict[str, type[BaseModel]] = {
     "megatron_training": MegatronConfig,
     **dict.fromkeys(_ROLES, MegatronConfig),
@@ -48,13 +48,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     megatron = sections["megatron_training"]
     # On its own first, so that a mistake is named where it stands.
     _validate(MegatronConfig, "megatron_training", megatron)
-    for name, reason in known_keys.IGNORED_SECTIONS.items():
-        if sections[name]:
-            _validate(MegatronConfig, name, megatron | sections[name])
-            notes[(name, reason)] = list(sections[name])
-    actor, critic = (_validate(MegatronConfig, role, megatron | sections[role]) for role in ("actor_config", "critic_config"))
+    actor, critic, vit = (_validate(MegatronConfig, role, megatron | sections[role]) for role in _ROLES)
+    rl = _validate(RLConfig, "rl_config", sections["rl_config"])
     if sections["critic_config"] and not has_critic(actor.stage):
         notes[("critic_config", f"megatron_training.stage {actor.stage} has no critic")] = list(sections["critic_config"])
+    if sections["vit_config"] and not rl.colocate_actor_and_vit:
+        notes[("vit_config", known_keys.NO_VISION_WORKERS)] = list(sections["vit_config"])
     folder = path.resolve().parent
     model_name = (tree.get("megatron_training") or {}).get("model")
     return Config(
@@ -62,7 +61,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         folder=str(folder),
         actor_config=actor,
         critic_config=critic,
-        rl_config=_validate(RLConfig, "rl_config", sections["rl_config"]),
+        vit_config=vit,
+        rl_config=rl,
         generate_config=_validate(GenerateConfig, "generate_config", sections["generate_config"]),
         eval=_validate(EvalConfig, "eval", sections["eval"]) if tree.get("eval") is not None else None,
         model=read_model(tree.get("model"), tree.get("defaults"), folder, model_name),

@@ -59,11 +59,16 @@ _TOP_NUMBERS = {
 
 @dataclass(frozen=True)
 class ModelChoices:
-    """What a model file decides. Example: ModelChoices(freeze_vision=True, freeze_projector=True, recompute=False)."""
+    """What a model file decides. Example: ModelChoices(freeze_vision=True, freeze_projector=True, recompute="full")."""
 
     freeze_vision: bool
     freeze_projector: bool
-    recompute: bool
+    recompute: str | None = None
+    """recompute_granularity of the text decoder."""
+    pipeline_num_layers: list[Any] | None = None
+    """Of the text decoder: its layers by pipeline rank, or a list of such lists by virtual stage."""
+    num_layers: int | None = None
+    """Of the text decoder; config.json's where there is one."""
 
 
 def find_file(path: str, folder: Path, key: str) -> Path:
@@ -142,14 +147,27 @@ def _is_split(value: Any) -> bool:
     return all(map(_is_split, value)) if isinstance(value, list) else value is None or isinstance(value, int)
 
 
-def model_choices(model: Mapping[str, Any]) -> ModelChoices:
-    """Vision encoder and projector are frozen unless the model file says otherwise."""
+def model_choices(model: Mapping[str, Any], hf: Mapping[str, Any] | None) -> ModelChoices:
+    """Vision encoder and projector are frozen unless the model file says otherwise. hf: config.json where there is one."""
     vision, projector = _parts(model)
+    decoder = _text_decoder(model)
     return ModelChoices(
         freeze_vision=_frozen(vision),
         freeze_projector=_frozen(projector),
-        recompute=(model.get("text_decoder") or {}).get("recompute_granularity") == "full",
+        recompute=decoder.get("recompute_granularity"),
+        pipeline_num_layers=_split(decoder),
+        num_layers=decoder.get("num_layers") if hf is None else text_config(hf).get("num_hidden_layers"),
     )
+
+
+def _text_decoder(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model file for text alone has its keys at the top."""
+    return model.get("text_decoder") or (model if "num_layers" in model else {})
+
+
+def _split(decoder: Mapping[str, Any]) -> list[Any] | None:
+    split = decoder.get(_SPLIT)
+    return [split] if isinstance(split, int) else split
 
 
 def _frozen(part: Mapping[str, Any]) -> bool:
@@ -195,7 +213,7 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 def compare_architecture(model: Mapping[str, Any], section_keys: Mapping[str, Any], hf: Mapping[str, Any], hf_path: str) -> None:
     """ValueError for the first number of the model file or the YAML that differs from config.json, with both values."""
     text, vision = text_config(hf), hf.get("vision_config") or {}
-    decoder = model.get("text_decoder") or (model if "num_layers" in model else {})
+    decoder = _text_decoder(model)
     encoder, projector = _parts(model)
     _compare("model: text_decoder", decoder, _TEXT_NUMBERS, text, hf_path)
     _compare("megatron_training", section_keys, _TEXT_NUMBERS, text, hf_path)

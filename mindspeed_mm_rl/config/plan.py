@@ -27,6 +27,10 @@ class OptimizerPlan:
     clip_grad: float
     """Global gradient norm; 0 = no clipping."""
     use_distributed_optimizer: bool
+    overlap_grad_reduce: bool = False
+    """Gradients are summed over ranks while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Parameters are collected while the forward pass already runs; needs the distributed optimizer."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,24 @@ class TrainPlan:
     """Intra-op threads of the process; 0 = leave torch's choice."""
     logprob_gap_bound: float
     """The run stops before the optimizer step when a token's |trainer - rollout| log-prob exceeds it; 0 = no bound."""
+    pipeline_layers: tuple[tuple[int, ...], ...] = ()
+    """Text layers by virtual stage, then by pipeline rank, as ((14, 14),); empty = one virtual stage, split evenly."""
+    context_parallel_algorithm: Literal["ulysses", "all_gather"] = "ulysses"
+    """How attention sees whole sequences: heads are exchanged for tokens, or keys and values are collected."""
+    expert_tensor_parallel_size: int = 1
+    """Processes that share each expert."""
+    recompute_attention: bool = False
+    """Only the attention of each layer is run again in the backward pass; with `recompute` the whole layer is."""
+    with_vision: bool = True
+    """False: pictures come encoded, from workers of their own; the network has no vision encoder."""
+
+    def replicas(self, world_size: int) -> int:
+        """Copies of the network among so many ranks; each sees samples of its own."""
+        return world_size // (self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size)
+
+    def replica(self, rank: int, world_size: int) -> int:
+        """The copy that a rank is part of: megatron counts tensor, context, data and pipeline parallel ranks, the first fastest."""
+        return rank // (self.tensor_parallel_size * self.context_parallel_size) % self.replicas(world_size)
 
 
 @dataclass(frozen=True)
@@ -236,3 +258,5 @@ class Plan:
     """None: nothing is evaluated."""
     critic: TrainPlan | None = None
     """None: the algorithm has no critic."""
+    vision: TrainPlan | None = None
+    """Vision-encoder workers on the actor's devices, with a layout and weights of their own; None: the actor's first stage encodes."""

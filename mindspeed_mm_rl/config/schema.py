@@ -72,16 +72,32 @@ class MegatronConfig(Section):
     """Processes that share each layer."""
     pipeline_model_parallel_size: int = Field(1, gt=0)
     """Processes that share the stack of layers."""
+    num_layer_list: tuple[int, ...] | None = None
+    """Layers of each pipeline stage, as "7,7,7,6"; null = pipeline_num_layers of the model file, or stages as even as may be."""
+    num_layers_per_virtual_pipeline_stage: int | None = Field(None, gt=0)
+    """Interleaved schedule: layers of each piece; every process holds several. null = one piece per process."""
+    virtual_pipeline_model_parallel_size: int | None = Field(None, gt=0)
+    """The same, said as the number of pieces that each process holds; null = one."""
     context_parallel_size: int = Field(1, gt=0)
     """Processes that share each sequence."""
+    context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "ulysses", "all_gather"] = "ulysses_cp_algo"
+    """How they attend: ulysses_cp_algo exchanges heads for tokens, megatron_cp_algo collects keys and values; the others mean the same."""
     expert_model_parallel_size: int = Field(1, gt=0)
     """Processes that share the experts."""
+    expert_tensor_parallel_size: int | None = Field(None, gt=0)
+    """Processes that share each expert; null = 1, without expert parallel tensor_model_parallel_size."""
+    moe_tp_extend_ep: bool = False
+    """true: whole experts are dealt out over expert x tensor parallel processes."""
     sequence_parallel: bool = False
-    """Norms and dropout split over the sequence; needs tensor_model_parallel_size > 1."""
+    """Norms and dropout split over the sequence; needs tensor_model_parallel_size > 1, and mixtures of experts need it then."""
     use_distributed_optimizer: bool = False
     """Optimizer state split over data-parallel processes."""
+    overlap_grad_reduce: bool = False
+    """Gradients are summed over data-parallel processes while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Parameters are collected while the next forward pass already runs; needs use_distributed_optimizer."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """full: layers are run again in the backward pass, for memory."""
+    """full: layers are run again in the backward pass, for memory; selective: only the attention within them."""
     lr: float = Field(1e-6, ge=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
@@ -110,6 +126,11 @@ class MegatronConfig(Section):
     no_load_rng: bool = False
     """true: a resumed run starts with new random states; with finetune as no_load_optim."""
 
+    @field_validator("num_layer_list", mode="before")
+    @classmethod
+    def _numbers_in_a_text(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else (value,) if isinstance(value, int) else value
+
 
 class ActorResource(Section):
     num_npus: int = Field(1, gt=0)
@@ -126,6 +147,9 @@ class RLConfig(Section):
 
     actor_resource: ActorResource = ActorResource()
     """Devices."""
+    colocate_actor_and_vit: bool = False
+    """true: the vision encoder has workers of its own on the actor's devices, with vit_config's weights and layout; false: it is a part
+    of the actor's first pipeline stage."""
     integrated_mode_config: IntegratedModeConfig = IntegratedModeConfig()
     """The reference model."""
     resume: str = "auto"
@@ -323,6 +347,8 @@ class Config(Section):
     """`megatron_training`, overridden by what `actor_config` says."""
     critic_config: MegatronConfig
     """`megatron_training`, overridden by what `critic_config` says."""
+    vit_config: MegatronConfig
+    """`megatron_training`, overridden by what `vit_config` says; acts with rl_config.colocate_actor_and_vit."""
     rl_config: RLConfig
     generate_config: GenerateConfig
     eval: EvalConfig | None = None

@@ -35,13 +35,24 @@ class UpdateRequest:
 class TrainEngine(Protocol):
     def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]: ...
 
-    def logprobs(self, batch: Batch, images: Images) -> dict[int, torch.Tensor]:
-        """{sample_id: log-probs of its response tokens [length], float32 on CPU} under the current policy."""
+    def logprobs(self, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
+        """{sample_id: log-probs of its response tokens [length], float32 on CPU} under the current policy, of this rank's rows.
 
-    def ref_logprobs(self, batch: Batch, images: Images) -> dict[int, torch.Tensor]: ...
+        Of the ranks that share a row one answers, the others return {}.
+        """
+
+    def ref_logprobs(self, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]: ...
 
     def update(self, request: UpdateRequest, images: Images, policy_loss: PolicyLoss) -> dict[str, float]:
-        """Forward, backward, optimizer step; returns metrics of the global mini-batch."""
+        """Forward, backward, optimizer step; returns metrics of the global mini-batch, whole on the last stage of a pipeline."""
+
+    def gradients(
+        self, request: UpdateRequest, images: dict[str, ImageFeatures], policy_loss: PolicyLoss
+    ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """`update` up to its optimizer step: metrics with this network's part of the gradient norm, and gradients by image features."""
+
+    def step(self, grad_norm: float) -> dict[str, float]:
+        """The rest of it; grad_norm: over all networks that are clipped together."""
 
     def publish_weights(self) -> WeightHandle: ...
 
@@ -50,9 +61,35 @@ class TrainEngine(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
+class VisionEngine(Protocol):
+    """A vision encoder in processes of its own. All ranks of a tensor-parallel group make every call with the same pictures."""
+
+    def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class TrainedVisionEngine(VisionEngine, Protocol):
+    def ref_encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
+        """With the weights of the KL reference."""
+
+    def backward(self, images: dict[str, ImageInput], gradients: Sequence[dict[str, torch.Tensor]]) -> float:
+        """From gradients by the features of `encode`, which are summed by picture, to those by the weights; their norm.
+
+        On all ranks, those without a picture too.
+        """
+
+    def step(self, grad_norm: float) -> dict[str, float]:
+        """Of the optimizer; grad_norm: over all networks that are clipped together."""
+
+    def publish_weights(self) -> WeightHandle: ...
+
+
 class CriticEngine(Protocol):
-    def values(self, batch: Batch, images: Images) -> dict[int, torch.Tensor]:
-        """{sample_id: value before each of its response tokens [length], float32 on CPU}"""
+    def values(self, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
+        """{sample_id: value before each of its response tokens [length], float32 on CPU}; as logprobs."""
 
     def update(self, request: UpdateRequest, images: Images, value_loss: ValueLoss) -> dict[str, float]:
         """Forward, backward, optimizer step; returns metrics of the global mini-batch."""

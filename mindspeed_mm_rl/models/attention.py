@@ -24,31 +24,33 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from mindspeed_mm_rl.models.context_parallel import ContextShare, attend_over_ranks
 from mindspeed_mm_rl.models.norm import RMSNorm
 from mindspeed_mm_rl.models.rope import apply_rotary
 from mindspeed_mm_rl.platforms import device
+from mindspeed_mm_rl.platforms.packed_sdpa import Segments
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Sequences of `lengths` tokens one behind the other, T in all."""
+    """Sequences one behind the other, of which this process has T tokens: all of them, or its context-parallel share."""
 
-    cu_seqlens: torch.Tensor
-    """int32 [S + 1]: where each sequence starts, and T."""
-    lengths: tuple[int, ...]
-    """The same on the host, so that no kernel waits for the device."""
+    segments: Segments
+    """Of the whole pack."""
     cos: torch.Tensor
     """float32 [T, head_dim]"""
     sin: torch.Tensor
     causal: bool
+    share: ContextShare | None = None
+    padding: int = 0
+    """Tokens behind the last sequence, a sequence of their own, that make the pack divisible by the ranks that share it."""
 
     @staticmethod
     def of(lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor, causal: bool) -> PackedLayout:
         lengths = tuple(int(length) for length in lengths)
         if sum(lengths) != cos.shape[0]:
             raise ValueError(f"PackedLayout: lengths sum to {sum(lengths)}, but there are {cos.shape[0]} positions")
-        starts = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return PackedLayout(starts.to(cos.device), lengths, cos, sin, causal)
+        return PackedLayout(Segments.of(lengths, lengths, cos.device), cos, sin, causal)
 
 
 @dataclass
@@ -60,12 +62,12 @@ class LayoutParams(PackedSeqParams):
 
     @staticmethod
     def of(layouts: dict[str, PackedLayout]) -> LayoutParams:
-        layout = next(iter(layouts.values()))
-        longest = max(layout.lengths)
+        segments = next(iter(layouts.values())).segments
+        longest = max(segments.keys)
         return LayoutParams(
             qkv_format="thd",
-            cu_seqlens_q=layout.cu_seqlens,
-            cu_seqlens_kv=layout.cu_seqlens,
+            cu_seqlens_q=segments.cu_queries,
+            cu_seqlens_kv=segments.cu_keys,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             layouts=layouts,
@@ -86,8 +88,6 @@ class CoreAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError(f"context_parallel_size ({config.context_parallel_size}) must be 1: packed attention isn't split over ranks")
         self.layout_name = layout_name
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -106,17 +106,27 @@ class CoreAttention(MegatronModule):
         layout = packed_seq_params.layouts[self.layout_name]
         query = apply_rotary(query, layout.cos, layout.sin)
         key = apply_rotary(key, layout.cos, layout.sin)
-        output = device.packed_attention(query, key, value, layout.cu_seqlens, layout.lengths, layout.causal, self.scale)
-        return output.flatten(1)
+        return attend(query, key, value, layout, self.scale).flatten(1)
 
 
-def transformer_layer_spec(layout_name: str = "full", qk_norm: bool = False) -> ModuleSpec:
-    """A pre-norm layer with gated MLP out of megatron's parallel layers, this package's norm and core attention.
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
+    """query [T, heads, dim], key and value [T, kv_heads, dim], all rotated -> [T, heads, value dim]."""
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+        return device.packed_attention(query, key, value, segments, layout.causal, scale)
+
+    if layout.share is None:
+        return kernel(query, key, value, layout.segments)
+    return attend_over_ranks(query, key, value, layout.share, kernel)
+
+
+def self_attention_spec(layout_name: str = "full", qk_norm: bool = False) -> ModuleSpec:
+    """Attention out of megatron's parallel layers and this package's core attention.
 
     qk_norm: RMSNorm over the head_dim of each query and key head (Qwen3, arXiv:2505.09388, section 2).
     """
     head_norm = RMSNorm if qk_norm else IdentityOp
-    attention = ModuleSpec(
+    return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
@@ -127,7 +137,14 @@ def transformer_layer_spec(layout_name: str = "full", qk_norm: bool = False) -> 
             k_layernorm=head_norm,
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+
+
+def mlp_spec() -> ModuleSpec:
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+
+
+def transformer_layer_spec(attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
+    """A pre-norm layer with this package's norm."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -7,11 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mindspeed_mm_rl.config.model_file import read_json
-from mindspeed_mm_rl.models.names import is_tied
-from mindspeed_mm_rl.models.rope_scaling import RopeScaling, read_rope_scaling
+from mindspeed_mm_rl.models.names import expert_layers, is_tied, sizes
+from mindspeed_mm_rl.models.rope_scaling import RopeScaling, read_rope_scaling, softmax_magnitude
+
+ScoreFunction = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,19 @@ class Family:
     qk_norm: bool = False
     """RMSNorm over each query and key head, before rope."""
     vision: bool = False
+    latent: bool = False
+    """Multi-head latent attention."""
+    router: ScoreFunction | None = None
+    """What turns a router's logits into scores; None: no experts."""
 
 
 FAMILIES = {
+    "deepseek_v3": Family(latent=True, router="sigmoid"),
     "llama": Family(),
     "qwen2": Family(qkv_bias=True),
     "qwen2_5_vl": Family(qkv_bias=True, vision=True),
     "qwen3": Family(qk_norm=True),
+    "qwen3_moe": Family(qk_norm=True, router="softmax"),
 }
 
 _ONLY = {
@@ -38,8 +46,58 @@ _ONLY = {
     "use_sliding_window": False,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
+    "rope_interleave": True,
+    "moe_layer_freq": 1,
 }
 """Keys that would change the network, with the one value that is offered (and meant where the key is missing)."""
+_SIGMOID_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+"""Keys that must say so: where they are missing, transformers takes these values, the rollout engine softmax without a bias."""
+_UNUSED = {
+    "router_aux_loss_coef": "policies are trained without a load-balancing loss",
+    "aux_loss_alpha": "policies are trained without a load-balancing loss",
+    "num_nextn_predict_layers": "layers that predict further tokens are neither loaded nor trained nor saved",
+}
+"""Keys that ask for something beside the policy itself, unless they are 0."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A router picks some of many small MLPs for each token; the token gets the weighted sum of their outputs."""
+
+    count: int
+    per_token: int
+    ffn_size: int
+    shared_ffn_size: int
+    """Of the experts that every token goes through, as one MLP; 0: there are none."""
+    layers: frozenset[int]
+    """Layers (from 0) with experts; the others have one MLP of intermediate_size."""
+    score_function: ScoreFunction
+    """sigmoid: each expert has a bias besides, which has a say in the choice but not in the weights (arXiv:2408.15664)."""
+    norm_topk_prob: bool
+    """The weights of a token's experts are divided by their sum."""
+    routed_scaling_factor: float
+    """Then multiplied by this."""
+    n_group: int
+    """Experts stand in so many groups, a token's are picked out of the topk_group groups whose two best add up to most."""
+    topk_group: int
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention: keys and values of all heads are made of one small vector (DeepSeek-V2, arXiv:2405.04434)."""
+
+    q_lora_rank: int
+    """Of the small vector that queries are made of; 0: they are projected directly."""
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    """Numbers of a query and key head that rope turns; those of the key are the same in all heads."""
+    v_head_dim: int
+    softmax_scale: float
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
@@ -50,6 +108,7 @@ class TextArchitecture:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """Numbers of a head that rope turns: all of them but in latent attention."""
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
@@ -60,6 +119,8 @@ class TextArchitecture:
     qkv_bias: bool
     qk_norm: bool
     max_position_embeddings: int
+    experts: Experts | None = None
+    latent: LatentAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +160,8 @@ class Architecture:
     eos_token_ids: tuple[int, ...]
     raw: dict[str, Any] = field(repr=False, compare=False)
     """config.json as it is."""
+    notes: tuple[str, ...] = ()
+    """One sentence for each key of config.json that asks for something that isn't done."""
 
     @property
     def banned_token_ids(self) -> tuple[int, ...]:
@@ -111,7 +174,8 @@ def read_architecture(hf_path: str | Path) -> Architecture:
     """Reads config.json (and generation_config.json for further end tokens) of a Hugging Face folder.
 
     Raises ValueError when the file is missing or no JSON, for an unknown model_type (naming the nearest), and for a feature that
-    isn't offered (sliding windows, rope scaling other than linear, llama3 and yarn, biases of attention or MLP, an activation but silu).
+    isn't offered (sliding windows, rope scaling other than linear, llama3 and yarn, biases of attention or MLP, an activation but silu,
+    quantized weights, a router of another kind).
     """
     folder = Path(hf_path).expanduser()
     raw = _read_json(folder / "config.json")
@@ -140,14 +204,16 @@ def _architecture(folder: Path, raw: dict[str, Any], family: Family) -> Architec
         vision_end_token_id=raw["vision_end_token_id"] if family.vision else None,
         eos_token_ids=_eos_token_ids(folder, raw, text),
         raw=raw,
+        notes=tuple(f"{key} {json.dumps(text[key])} isn't used: {reason}" for key, reason in _UNUSED.items() if text.get(key)),
     )
 
 
 def _text(folder: Path, raw: Mapping[str, Any], text: Mapping[str, Any], family: Family) -> TextArchitecture:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or raw.get("rope_scaling") or {}
-    _check_offered(folder, {**text, **rope})
+    _check_offered(folder, {**raw, **text, **rope})
     heads = text["num_attention_heads"]
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    latent = _latent(text, rope) if family.latent else None
+    head_dim = latent.qk_rope_head_dim if latent else text.get("head_dim") or text["hidden_size"] // heads
     return TextArchitecture(
         hidden_size=text["hidden_size"],
         intermediate_size=text["intermediate_size"],
@@ -164,6 +230,40 @@ def _text(folder: Path, raw: Mapping[str, Any], text: Mapping[str, Any], family:
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         max_position_embeddings=text["max_position_embeddings"],
+        experts=_experts(folder, text, family.router) if family.router else None,
+        latent=latent,
+    )
+
+
+def _latent(text: Mapping[str, Any], rope: Mapping[str, Any]) -> LatentAttention:
+    plain, turned = text["qk_nope_head_dim"], text["qk_rope_head_dim"]
+    return LatentAttention(
+        q_lora_rank=text["q_lora_rank"] or 0,
+        kv_lora_rank=text["kv_lora_rank"],
+        qk_nope_head_dim=plain,
+        qk_rope_head_dim=turned,
+        v_head_dim=text["v_head_dim"],
+        softmax_scale=softmax_magnitude(rope) / (plain + turned) ** 0.5,
+    )
+
+
+def _experts(folder: Path, text: Mapping[str, Any], score_function: ScoreFunction) -> Experts:
+    is_sigmoid = score_function == "sigmoid"
+    for key, only in _SIGMOID_ROUTER.items() if is_sigmoid else ():
+        if text.get(key) != only:
+            raise ValueError(f"{folder / 'config.json'}: {key} {json.dumps(text.get(key))} is not offered; it must say {json.dumps(only)}")
+    known = sizes(text)
+    return Experts(
+        count=known["experts"],
+        per_token=text["num_experts_per_tok"],
+        ffn_size=known["expert_ffn"],
+        shared_ffn_size=known["shared_ffn"],
+        layers=expert_layers(text),
+        score_function=score_function,
+        norm_topk_prob=text["norm_topk_prob"],
+        routed_scaling_factor=float(text["routed_scaling_factor"]) if is_sigmoid else 1.0,
+        n_group=text["n_group"] or 1 if is_sigmoid else 1,
+        topk_group=text["topk_group"] or 1 if is_sigmoid else 1,
     )
 
 
@@ -182,6 +282,11 @@ def _mrope_section(folder: Path, rope: Mapping[str, Any], head_dim: int) -> tupl
 
 
 def _check_offered(folder: Path, keys: Mapping[str, Any]) -> None:
+    if keys.get("quantization_config"):
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config is not offered: a policy is trained in bfloat16 or float32; convert the model "
+            "to bfloat16 first, and leave quantization_config out of its config.json"
+        )
     for key, only in _ONLY.items():
         value = keys.get(key)
         if value is not None and value != only:

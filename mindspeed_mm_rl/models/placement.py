@@ -123,12 +123,12 @@ def _stages(entries: Sequence[Entry], layout: Layout) -> list[list[tuple[Entry, 
     """Entries of each stage with their layer's number in it."""
     stages: list[list[tuple[Entry, int | None]]] = [[] for _ in range(layout.pipeline * layout.virtual)]
     for entry in entries:
-        stage, local = _where(entry, layout.stages_of(entry.part))
+        stage, local = where(entry, layout.stages_of(entry.part))
         stages[stage].append((entry, local))
     return stages
 
 
-def _where(entry: Entry, counts: Sequence[int]) -> tuple[int, int | None]:
+def where(entry: Entry, counts: Sequence[int]) -> tuple[int, int | None]:
     if entry.layer is None:
         used = [stage for stage, count in enumerate(counts) if count]
         return (used[0] if entry.place == "first" else used[-1]), None

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm_rl.models.attention import PackedLayout
+from mindspeed_mm_rl.models.context_parallel import context_share
 from mindspeed_mm_rl.models.families import Architecture
-from mindspeed_mm_rl.models.gpt import ModelOptions, TextDecoder, pipeline_ends, text_config
+from mindspeed_mm_rl.models.gpt import ModelOptions, Stage, TextDecoder, text_config
+from mindspeed_mm_rl.models.rank_pieces import Grid
 from mindspeed_mm_rl.models.rope import mrope_positions, rotary
 from mindspeed_mm_rl.models.vision import ImageEncoder
 from mindspeed_mm_rl.platforms import device
@@ -29,37 +34,30 @@ def build_network(
     network: type[AnyNetwork],
     architecture: Architecture,
     *,
-    dtype: torch.dtype = torch.float32,
     freeze_vision: bool = True,
     freeze_projector: bool = True,
-    recompute: bool = False,
-    deterministic: bool = False,
-    tensor_parallel_size: int = 1,
-    pipeline_parallel_size: int = 1,
-    context_parallel_size: int = 1,
-    sequence_parallel: bool = False,
+    with_vision: bool = True,
+    pipeline_rank: int = 0,
+    virtual: int = 0,
+    **options: Any,
 ) -> AnyNetwork:
-    """A network with random weights on this process's device, in eval or train mode as torch modules are (train).
+    """A stage's network with random weights on this process's device. options: of ModelOptions.
 
     Needs, in this order: device.adapt_megatron(), torch.distributed, parallel_state.initialize_model_parallel(...) with the same
     sizes, tensor_parallel.model_parallel_cuda_manual_seed(seed).
     """
-    options = ModelOptions(
-        dtype=dtype,
-        recompute=recompute,
-        deterministic=deterministic,
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
-        context_parallel_size=context_parallel_size,
-        sequence_parallel=sequence_parallel,
-    )
-    return network(architecture, options, FrozenParts(freeze_vision, freeze_projector))
+    settings = ModelOptions(**options)
+    grid = settings.grid or Grid(((architecture.text.num_layers,),))
+    frozen = FrozenParts(freeze_vision, freeze_projector, with_vision)
+    return network(architecture, replace(settings, grid=grid), frozen, Stage.of(grid, pipeline_rank, virtual))
 
 
 @dataclass(frozen=True)
 class FrozenParts:
     vision: bool = True
     projector: bool = True
+    are_here: bool = True
+    """False: pictures come encoded, and the network has neither of the two."""
 
 
 class Network(MegatronModule):
@@ -67,15 +65,18 @@ class Network(MegatronModule):
 
     decoder_class: type[TextDecoder] = TextDecoder
 
-    def __init__(self, architecture: Architecture, options: ModelOptions, frozen: FrozenParts) -> None:
+    def __init__(self, architecture: Architecture, options: ModelOptions, frozen: FrozenParts, stage: Stage) -> None:
         config = text_config(architecture.text, options)
         super().__init__(config=config)
-        self.architecture = architecture
-        self.pre_process, self.post_process = pipeline_ends()
+        self.architecture, self.options = architecture, options
+        self.pre_process, self.post_process = stage.is_first, stage.is_last
+        # What megatron's schedules ask a model for.
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = stage.virtual if config.virtual_pipeline_model_parallel_size else None
         self.image_encoder = None
-        if architecture.vision is not None and self.pre_process:
+        if architecture.vision is not None and stage.is_first and frozen.are_here:
             self.image_encoder = ImageEncoder(architecture.vision, options, frozen.vision, frozen.projector)
-        self.text_decoder = self.decoder_class(architecture.text, config, self.pre_process, self.post_process)
+        self.text_decoder = self.decoder_class(architecture.text, config, options, stage)
 
     def encode_images(self, pixel_values: torch.Tensor, grids: Sequence[GridTHW]) -> torch.Tensor:
         """Image features [sum of t * h * w / merge_size ** 2, hidden] of pixel_values [P, patch values], pictures one behind the other.
@@ -92,36 +93,58 @@ class Network(MegatronModule):
         grids_rows: patches (time, height, width) of each row's pictures; raises ValueError when they don't fit the image tokens.
         """
         rows = zip(token_rows, grids_rows, strict=True)
-        positions = torch.cat([mrope_positions(row, grids, self.architecture) for row, grids in rows], dim=1)
-        cos, sin = rotary(positions, self.architecture.text)
-        return PackedLayout.of([len(row) for row in token_rows], cos.to(device.current()), sin.to(device.current()), causal=True)
+        positions = [mrope_positions(row, grids, self.architecture) for row, grids in rows]
+        lengths = [len(row) for row in token_rows]
+        padding = -sum(lengths) % self.options.pack_multiple
+        if padding:
+            positions.append(torch.arange(padding).expand(3, -1))
+            lengths.append(padding)
+        cos, sin = (part.to(device.current()) for part in rotary(torch.cat(positions, dim=1), self.architecture.text))
+        layout = replace(PackedLayout.of(lengths, cos, sin, causal=True), padding=padding)
+        return layout if self.options.context_parallel_size == 1 else self._shared(layout)
+
+    def _shared(self, layout: PackedLayout) -> PackedLayout:
+        ranks, rank = self.options.context_parallel_size, parallel_state.get_context_parallel_rank()
+        share = context_share(layout.segments.queries, ranks, rank, self.options.context_parallel_algorithm, device.current())
+        return replace(layout, cos=layout.cos[share.own], sin=layout.sin[share.own], share=share)
 
     def forward(self, token_ids: torch.Tensor, layout: PackedLayout, image_features: torch.Tensor | None = None) -> torch.Tensor:
-        """States after the final norm, [T, hidden], of packed token ids [T].
+        """States after the final norm, [T, hidden], of packed token ids; T are this process's tokens (PackedLayout).
 
-        image_features [N, hidden] stand in for the N image tokens, in order; raises ValueError when there are more or fewer.
+        image_features [N, hidden] stand in for the N image tokens, in order; raises ValueError when there are more or fewer. A stage
+        that isn't the last returns what the next one takes.
         """
-        embeddings = self._embeddings(token_ids, image_features) if self.pre_process else None
+        embeddings = self._embeddings(token_ids, layout, image_features) if self.pre_process else None
         return self.text_decoder(embeddings, layout)
 
-    def _embeddings(self, token_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-        embeddings = self.text_decoder.embed(token_ids)
-        if self.architecture.vision is None and image_features is None:
-            return embeddings
-        slots = (token_ids == self.architecture.image_token_id).nonzero()[:, 0]
-        given = 0 if image_features is None else image_features.shape[0]
-        if given != len(slots):
-            raise ValueError(f"{len(slots)} image tokens in the pack, but {given} image features were given")
+    def _embeddings(self, token_ids: torch.Tensor, layout: PackedLayout, image_features: torch.Tensor | None) -> torch.Tensor:
+        is_image = self._image_slots(token_ids, image_features)
+        tokens, is_image = (F.pad(column, (0, layout.padding)) for column in (token_ids, is_image))
+        number = is_image.cumsum(0) - 1
+        if layout.share is not None:
+            tokens, is_image, number = (column[layout.share.own] for column in (tokens, is_image, number))
+        embeddings = self.text_decoder.embed(tokens)
         if image_features is None:
             return embeddings
-        return embeddings.index_copy(0, slots, image_features.to(embeddings.dtype))
+        slots = is_image.nonzero()[:, 0]
+        return embeddings.index_copy(0, slots, image_features[number[slots]].to(embeddings.dtype))
+
+    def _image_slots(self, token_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
+        """bool [T]: which tokens a picture's features stand in for."""
+        if self.architecture.vision is None:
+            return torch.zeros_like(token_ids, dtype=torch.bool)
+        is_image = token_ids == self.architecture.image_token_id
+        given = 0 if image_features is None else image_features.shape[0]
+        if given != int(is_image.sum()):
+            raise ValueError(f"{int(is_image.sum())} image tokens in the pack, but {given} image features were given")
+        return is_image
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Parameters of this rank by their MM name; a tied head has none."""
-        return dict(self.named_parameters())
+        """Parameters, and what else a checkpoint holds, by their names in this stage's own files; a tied head has none."""
+        return {name: value for name, value in self.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copies tensors by MM name into this rank's parameters, cast to their dtype.
+        """Copies tensors by the names of `weights` to their places, cast to their dtype.
 
         Raises ValueError naming what is missing, unexpected, or of another shape; nothing is copied then.
         """

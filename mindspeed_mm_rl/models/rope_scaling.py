@@ -55,10 +55,14 @@ def read_rope_scaling(rope: Mapping[str, Any], text: Mapping[str, Any]) -> RopeS
 
     Raises ValueError for a kind that isn't offered, KeyError for a number that is missing.
     """
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = _kind(rope)
     if kind not in _READERS:
         raise ValueError(f"rope type {kind!r} is not offered; {', '.join(_READERS)} are")
     return _READERS[kind](rope, text)
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
 
 
 def _linear(rope: Mapping[str, Any], text: Mapping[str, Any]) -> LinearScaling:
@@ -91,6 +95,12 @@ def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
     if over and under:
         return _magnitude(factor, over) / _magnitude(factor, under)
     return _magnitude(factor, 1.0)
+
+
+def softmax_magnitude(rope: Mapping[str, Any]) -> float:
+    """DeepSeek's factor of the softmax scale: the square of the magnitude that mscale_all_dim names; 1 where there is none."""
+    under = rope.get("mscale_all_dim")
+    return _magnitude(float(rope["factor"]), under) ** 2 if under and _kind(rope) != "default" else 1.0
 
 
 def _magnitude(factor: float, scale: float) -> float:

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 METADATA_FILE = ".metadata"
+VISION_FOLDER = "vision"
+"""In a save, beside the folder of a network whose vision encoder has processes of its own."""
 COMMON_FILE = "common.pt"
 """What megatron keeps beside the shards: parameter groups, schedule, random state."""
 _MODEL_PREFIX = "model."
@@ -70,8 +72,9 @@ def _is_data_class(value: Any, module: str) -> bool:
 
 @dataclass(frozen=True)
 class _Location:
-    """Where a weight lies: the key in the save, and its row when its block is stacked."""
+    """Where a weight lies: the folder, the key in it, and its row when its block is stacked."""
 
+    folder: Path
     key: str
     layer: int | None
 
@@ -96,13 +99,15 @@ class _TargetPlanner(DefaultLoadPlanner):
 class SavedWeights(Mapping[str, Tensor]):
     """The model of a torch_dist folder by megatron name (no `model.` prefix, layer numbers in place); reads a tensor when it is asked for.
 
+    A vision encoder that the network itself doesn't have is that of the folder `vision` beside it.
     Raises ValueError when the folder's metadata cannot be read, or a tensor's file is missing or cut short.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._metadata = _read_metadata(folder)
-        self._locations = dict(_locations(self._metadata))
+        self._metadata = {part: _read_metadata(part) for part in shard_folders(folder)}
+        found = [dict(_locations(part, metadata)) for part, metadata in self._metadata.items()]
+        self._locations = {name: location for locations in reversed(found) for name, location in locations.items()}
         if not self._locations:
             raise ValueError(f"{folder} holds no model weights (keys that start with {_MODEL_PREFIX}{_MODEL_ROOTS[0]})")
         self.shapes = {name: self._shape(location) for name, location in self._locations.items()}
@@ -115,34 +120,40 @@ class SavedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         location = self._locations[name]
-        stored = self._stored(location.key)
+        stored = self._stored(location)
         first = () if location.layer is None else (location.layer,)
         size = (*(1 for _ in first), *self.shapes[name])
         target = torch.empty(size, dtype=stored.properties.dtype)
         offsets = (*first, *(0 for _ in self.shapes[name]))
         chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(size))
-        self._read(name, create_read_items_for_chunk_list(location.key, stored, [chunk]), target)
+        self._read(name, location.folder, create_read_items_for_chunk_list(location.key, stored, [chunk]), target)
         return target if location.layer is None else target[0]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._stored(self._locations[name].key).properties.dtype
+        return self._stored(self._locations[name]).properties.dtype
 
-    def _read(self, name: str, items: list[ReadItem], target: Tensor) -> None:
+    def _read(self, name: str, folder: Path, items: list[ReadItem], target: Tensor) -> None:
         if sum(_count(item.lengths) for item in items) != target.numel():
-            raise ValueError(f"{self.folder}: {name} is not whole; the save lacks the shards of some rank")
-        reader = FileSystemReader(self.folder)
-        reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            raise ValueError(f"{folder}: {name} is not whole; the save lacks the shards of some rank")
+        reader = FileSystemReader(folder)
+        reader.set_up_storage_reader(self._metadata[folder], is_coordinator=True)
         try:
             reader.read_data(LoadPlan(items), _TargetPlanner(target)).wait()
         except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.folder}: {name} cannot be read, the save is damaged or incomplete ({error})") from error
+            raise ValueError(f"{folder}: {name} cannot be read, the save is damaged or incomplete ({error})") from error
 
     def _shape(self, location: _Location) -> tuple[int, ...]:
-        size = tuple(self._stored(location.key).size)
+        size = tuple(self._stored(location).size)
         return size if location.layer is None else size[1:]
 
-    def _stored(self, key: str) -> TensorStorageMetadata:
-        return self._metadata.state_dict_metadata[key]
+    def _stored(self, location: _Location) -> TensorStorageMetadata:
+        return self._metadata[location.folder].state_dict_metadata[location.key]
+
+
+def shard_folders(folder: Path) -> tuple[Path, ...]:
+    """The torch_dist folders that hold one network: its own, and that of vision processes where there were any."""
+    vision = folder.parent / VISION_FOLDER
+    return (folder, vision) if folder.name != VISION_FOLDER and (vision / METADATA_FILE).is_file() else (folder,)
 
 
 def refuse_code(folder: Path) -> None:
@@ -195,17 +206,17 @@ def _read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def _locations(metadata: Metadata) -> Iterator[tuple[str, _Location]]:
+def _locations(folder: Path, metadata: Metadata) -> Iterator[tuple[str, _Location]]:
     for key, stored in metadata.state_dict_metadata.items():
         name = key.removeprefix(_MODEL_PREFIX)
         if not name.startswith(_MODEL_ROOTS) or not isinstance(stored, TensorStorageMetadata):
             continue
         stacked = _STACKED.match(name)
         if stacked is None:
-            yield name, _Location(key, None)
+            yield name, _Location(folder, key, None)
             continue
         for layer in range(stored.size[0]):
-            yield f"{stacked['block']}.{layer}.{stacked['rest']}", _Location(key, layer)
+            yield f"{stacked['block']}.{layer}.{stacked['rest']}", _Location(folder, key, layer)
 
 
 def _count(lengths: torch.Size) -> int:

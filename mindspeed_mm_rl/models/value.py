@@ -10,7 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mindspeed_mm_rl.models.families import TextArchitecture
-from mindspeed_mm_rl.models.gpt import TextDecoder
+from mindspeed_mm_rl.models.gpt import ModelOptions, Stage, TextDecoder
 from mindspeed_mm_rl.models.qwen2_5_vl import Network
 from mindspeed_mm_rl.platforms import device
 
@@ -31,9 +31,9 @@ class ValueHead(MegatronModule):
 class ValueDecoder(TextDecoder):
     """The head never is a copy of the embedding, also where the policy's is."""
 
-    def __init__(self, text: TextArchitecture, config: TransformerConfig, pre_process: bool = True, post_process: bool = True) -> None:
-        super().__init__(replace(text, tie_word_embeddings=False), config, pre_process, post_process)
-        if post_process:
+    def __init__(self, text: TextArchitecture, config: TransformerConfig, options: ModelOptions, stage: Stage) -> None:
+        super().__init__(replace(text, tie_word_embeddings=False), config, options, stage)
+        if stage.is_last:
             self.output_layer = ValueHead(config)
 
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mindspeed_mm_rl.models.attention import LayoutParams, PackedLayout, transformer_layer_spec
+from mindspeed_mm_rl.models.attention import LayoutParams, PackedLayout, mlp_spec, self_attention_spec, transformer_layer_spec
 from mindspeed_mm_rl.models.families import VisionArchitecture
 from mindspeed_mm_rl.models.gpt import ModelOptions, transformer_config
 from mindspeed_mm_rl.models.norm import RMSNorm
@@ -104,7 +104,8 @@ class VisionEncoder(MegatronModule):
         super().__init__(config=config)
         self.patch_embed = PatchEmbed(vision, config)
         names = ["frames" if layer in vision.full_attention_layers else "windows" for layer in range(vision.num_layers)]
-        submodules = TransformerBlockSubmodules(layer_specs=[transformer_layer_spec(name) for name in names], layer_norm=None)
+        layers = [transformer_layer_spec(self_attention_spec(name), mlp_spec()) for name in names]
+        submodules = TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
         self.blocks = TransformerBlock(config=config, spec=submodules, post_layer_norm=False)
 
     def forward(self, pixel_values: torch.Tensor, layout: VisionLayout, merge_size: int) -> torch.Tensor:
@@ -177,6 +178,4 @@ def vision_config(vision: VisionArchitecture, options: ModelOptions) -> Transfor
         kv_channels=vision.hidden_size // vision.num_heads,
         layernorm_epsilon=NORM_EPS,
         add_bias_linear=True,
-        # The encoder lives whole in the first stage of the pipeline.
-        pipeline_model_parallel_size=1,
     )

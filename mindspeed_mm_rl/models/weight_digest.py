@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mindspeed_mm_rl.models.names import canonical_hf_name, entries, is_buffer
 from mindspeed_mm_rl.models.rank_files import RankWeights
+from mindspeed_mm_rl.models.saved_weights import shard_folders
 from mindspeed_mm_rl.models.weight_files import WeightFolder, needs_layout, open_weights, read_config, recognise
 from mindspeed_mm_rl.models.weight_layout import to_hf
 
@@ -25,7 +26,8 @@ def weight_digest(folder: str | Path, hf_path: str | Path) -> str:
     Raises ValueError when the folder holds no weights, or those of another model.
     """
     found = recognise(folder)
-    files = sorted(found.weights.rglob("*")) if found.weights.is_dir() else [found.weights]
+    folders = shard_folders(found.weights) if found.kind == "training" else (found.weights,)
+    files = [file for folder in folders for file in (sorted(folder.rglob("*")) if folder.is_dir() else [folder])]
     stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
     return _digest(found, str(hf_path), stamps)
 

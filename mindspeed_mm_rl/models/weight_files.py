@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -170,7 +170,7 @@ def read_megatron_weights(folder: str | Path, config: Mapping[str, Any]) -> dict
 
     Raises ValueError when the folder holds no weights, or those of another model.
     """
-    found = recognise(folder, _role(config))
+    found = recognise(folder, role_of(config))
     if needs_layout(found):
         return to_megatron(RankWeights(found.ranks, config), config)
     weights = open_weights(found)
@@ -180,12 +180,18 @@ def read_megatron_weights(folder: str | Path, config: Mapping[str, Any]) -> dict
 
 def check_weights(folder: str | Path, config: Mapping[str, Any], parts: tuple[Part, ...] = PARTS) -> WeightFolder:
     """Names and shapes of a folder's weights against config.json; reads headers only. Raises ValueError naming folder and weight."""
-    found = recognise(folder, _role(config))
+    found = recognise(folder, role_of(config))
     if needs_layout(found):
-        RankWeights(found.ranks, config)
+        check_parts(folder, RankWeights(found.ranks, config).parts, parts)
     else:
         _check(found, open_weights(found), config, parts)
     return found
+
+
+def check_parts(folder: str | Path, parts: Sequence[Part], wanted: Sequence[Part]) -> None:
+    """Raises ValueError for a folder of the vision encoder alone where the rest of the model is wanted too."""
+    if not set(wanted) <= set(parts):
+        raise ValueError(f"{folder} holds the vision encoder alone: that is for vit_config.load; give a folder of the whole model here")
 
 
 def needs_layout(found: WeightFolder) -> bool:
@@ -193,7 +199,8 @@ def needs_layout(found: WeightFolder) -> bool:
     return found.kind == "ranks" or (found.kind == "mm" and not MegatronWeights(found.weights).is_whole)
 
 
-def _role(config: Mapping[str, Any]) -> str:
+def role_of(config: Mapping[str, Any]) -> str:
+    """The folder in a save of a model with this config.json."""
     return CRITIC_FOLDER if has_value_head(config) else ACTOR_FOLDER
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.utils._device
 
 from mindspeed_mm_rl.platforms import compat
-from mindspeed_mm_rl.platforms.packed_sdpa import packed_sdpa
+from mindspeed_mm_rl.platforms.packed_sdpa import Segments, packed_sdpa
 
 _CPU = torch.device("cpu")
 _DO_NOTHING = ["set_device", "synchronize", "empty_cache", "ipc_collect", "set_stream", "reset_peak_memory_stats", "_lazy_init"]
@@ -53,12 +53,11 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    lengths: tuple[int, ...],
+    segments: Segments,
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
-    return packed_sdpa(query, key, value, lengths, causal, scale)
+    return packed_sdpa(query, key, value, segments, causal, scale)
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mindspeed_mm_rl.platforms.packed_sdpa import packed_sdpa
+from mindspeed_mm_rl.platforms.packed_sdpa import Segments, packed_sdpa
 
 
 def adapt_megatron() -> None:
@@ -15,25 +15,24 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    lengths: tuple[int, ...],
+    segments: Segments,
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
-    """Varlen flash attention in half precision; float32, which flash kernels don't take, goes through batched SDPA."""
+    """Varlen flash attention in half precision (causal from the lower right corner); float32, which flash kernels don't take, goes
+    through batched SDPA."""
     if query.dtype == torch.float32:
-        return packed_sdpa(query, key, value, lengths, causal, scale)
+        return packed_sdpa(query, key, value, segments, causal, scale)
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = max(lengths)
     return varlen_attn(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
+        segments.cu_queries,
+        segments.cu_keys,
+        max(segments.queries),
+        max(segments.keys),
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],

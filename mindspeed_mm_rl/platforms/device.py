@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import random
 import resource
 from functools import lru_cache
@@ -11,8 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mindspeed_mm_rl.platforms import cpu, cuda, env, npu
+from mindspeed_mm_rl.platforms.packed_sdpa import Segments
 
 Kind = Literal["cpu", "cuda", "npu"]
 
@@ -74,23 +77,31 @@ def collective_backend() -> Literal["gloo", "nccl", "hccl"]:
 def adapt_megatron() -> None:
     """Makes megatron-core run on this device. Call it before anything imports megatron; a second call does nothing."""
     _platform().adapt_megatron()
+    # It warns of every layer whose experts are a class of ours.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 
 def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    lengths: tuple[int, ...],
+    segments: Segments,
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
-    """Attention within each sequence of a pack, by the device's own kernel.
+    """Attention within each segment of a pack, by the device's own kernel.
 
-    query [T, heads, dim]; key, value [T, kv_heads, dim]; cu_seqlens int32 [S + 1]; lengths of the S sequences on the host.
-    Returns [T, heads, dim].
+    query [T, heads, dim]; key, value [K, kv_heads, dim]; returns [T, heads, value dim].
     """
-    return _platform().packed_attention(query, key, value, cu_seqlens, lengths, causal, scale)
+    width = value.shape[-1]
+    # Kernels want heads of one size, latent attention has others for values: zeros change no product and come out as zeros.
+    query, key, value = (_filled(heads, max(query.shape[-1], width)) for heads in (query, key, value))
+    return _platform().packed_attention(query, key, value, segments, causal, scale)[..., :width]
+
+
+def _filled(heads: torch.Tensor, width: int) -> torch.Tensor:
+    missing = width - heads.shape[-1]
+    return F.pad(heads, (0, missing)) if missing else heads
 
 
 def set_threads(count: int) -> None:

@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import torch
 
+from mindspeed_mm_rl.platforms.packed_sdpa import Segments
+
 
 @lru_cache(maxsize=1)
 def adapt_megatron() -> None:
@@ -24,15 +26,13 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    lengths: tuple[int, ...],
+    segments: Segments,
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
     """npu_fusion_attention in the TND layout; sparse_mode 3 is causal from the lower right corner of each sequence."""
     import torch_npu
 
-    ends = cu_seqlens[1:].tolist()
     # The kernel wants the upper triangle of one 2048 x 2048 block, whatever the lengths.
     mask = torch.ones(2048, 2048, dtype=torch.bool, device=query.device).triu(1) if causal else None
     return torch_npu.npu_fusion_attention(
@@ -44,6 +44,6 @@ def packed_attention(
         atten_mask=mask,
         scale=scale,
         sparse_mode=3 if causal else 0,
-        actual_seq_qlen=ends,
-        actual_seq_kvlen=ends,
+        actual_seq_qlen=segments.cu_queries[1:].tolist(),
+        actual_seq_kvlen=segments.cu_keys[1:].tolist(),
     )[0]

@@ -29,6 +29,7 @@ from mindspeed_mm_rl.trainer.state import RunState
 from mindspeed_mm_rl.workers import placement
 from mindspeed_mm_rl.workers.group import ActorGroup, CriticGroup, Trainers
 from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
+from mindspeed_mm_rl.workers.vision_group import ActorBesideVision, TrainedVisionGroup, VisionGroup
 
 _console = Console(stderr=True)
 
@@ -91,15 +92,24 @@ def _start_workers(plan: Plan, guardian: Guardian) -> tuple[Trainers, RolloutGro
     slots = placement.start(plan.run)
     if slots.is_own_cluster:
         guardian.tell(session=slots.session_folder)
-    actor = ActorGroup(slots, plan, with_reference=plan.recipe.kl_coef != 0)
-    trainers = Trainers(actor, CriticGroup(slots, plan) if plan.critic else None)
+    trainers = _new_trainers(slots, plan)
     rollout = RolloutGroupStream(slots, plan)
     parameters = {name: group.ready() for name, group in trainers.by_folder().items()}
     rollout.ready()
     rollout.while_waiting = trainers.check_alive
     told = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
-    _console.print(f"trainable parameters: {told}; {len(actor.workers)} trainer and {len(rollout.workers)} rollout process(es)")
+    _console.print(f"trainable parameters: {told}; {len(trainers.actor.workers)} trainer and {len(rollout.workers)} rollout process(es)")
     return trainers, rollout
+
+
+def _new_trainers(slots: placement.Slots, plan: Plan) -> Trainers:
+    with_reference, critic = plan.recipe.kl_coef != 0, CriticGroup(slots, plan) if plan.critic else None
+    if plan.vision is None:
+        return Trainers(ActorGroup(slots, plan, with_reference), critic)
+    if plan.rollout.image_embeds:
+        return Trainers(ActorGroup(slots, plan, with_reference), critic, VisionGroup(slots, plan))
+    vision = TrainedVisionGroup(slots, plan)
+    return Trainers(ActorBesideVision(slots, plan, with_reference, vision), critic, vision)
 
 
 def _train(state: RunState, trainers: Trainers, rollout: RolloutGroupStream, loader: PromptLoader, rewards: RewardPool) -> None:

@@ -1,6 +1,6 @@
 """Groups to train on: draws prompts, lets the rollout engine sample them, grades groups while others are still being sampled.
 
-    loader --prompts--> actor.encode --features--> rollout --finished groups--> reward pool --scores--> filter --> accepted groups
+    loader --prompts--> pictures --features--> rollout --finished groups--> reward pool --scores--> filter --> accepted groups
        ^                                                                                              |
        '--------------------------- another generation batch while too few are accepted ---------------'
 
@@ -18,6 +18,7 @@ from mindspeed_mm_rl.algorithms.recipes import Recipe
 from mindspeed_mm_rl.config.plan import Plan, RecipePlan
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.metrics import Stopwatch
+from mindspeed_mm_rl.trainer.pictures import SharedPictures
 from mindspeed_mm_rl.trainer.sampler import GroupSampler
 from mindspeed_mm_rl.types import Group
 
@@ -33,6 +34,10 @@ class Collected:
     generated: list[Group] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
     """Object refs of picture tables, of every generation batch that had pictures."""
+    num_pictures: int = 0
+    """Distinct ones."""
+    num_encoded_pictures: int = 0
+    """Passes of pictures through the frozen vision encoder."""
     num_gen_batches: int = 0
     num_filtered: int = 0
     num_surplus: int = 0
@@ -75,18 +80,19 @@ class Collector:
 
     def collect(self, clock: Stopwatch) -> Collected:
         """Raises ValueError when there is no use in sampling on (see Collected.check_may_go_on)."""
-        collected = Collected()
+        collected, pictures = Collected(), self.sampler.new_pictures()
         while len(collected.groups) < self.plan.recipe.train_prompts:
             collected.check_may_go_on(self.plan.recipe)
-            self._add_generation_batch(collected, clock)
+            self._add_generation_batch(collected, pictures, clock)
         collected.trim(self.plan.recipe.train_prompts)
+        collected.images = pictures.tables()
+        collected.num_pictures, collected.num_encoded_pictures = pictures.num_distinct, pictures.num_encoded
         return collected
 
-    def _add_generation_batch(self, collected: Collected, clock: Stopwatch) -> None:
+    def _add_generation_batch(self, collected: Collected, pictures: SharedPictures, clock: Stopwatch) -> None:
         with clock.measure("data"):
             prompts = self.loader.next_prompts(self.plan.run.prompts_per_generation)
-        graded = self.sampler.sample(prompts, clock)
+        graded = self.sampler.sample(prompts, pictures, clock)
         collected.num_reward_timeouts += graded.timeouts
         collected.num_reward_crashes += graded.crashes
-        collected.images += graded.images
         collected.add(graded.groups, self.recipe.group_filter)

@@ -136,7 +136,7 @@ class Evaluator:
         timeouts = crashes = 0
         with clock.measure("eval"):
             for file, prompts in self._batches(plan):
-                graded = self.sampler.sample(prompts, Stopwatch(), sampling)
+                graded = self.sampler.sample(prompts, self.sampler.new_pictures(), Stopwatch(), sampling)
                 timeouts, crashes = timeouts + graded.timeouts, crashes + graded.crashes
                 for group in graded.groups:
                     tallies.setdefault((group.prompt.data_source, file), Tally()).add(group)

@@ -110,6 +110,8 @@ def _of_rollout(collected: Collected, algorithm: str) -> dict[str, float]:
         "train/surplus_groups": float(collected.num_surplus),
         "rewards/timeouts": float(collected.num_reward_timeouts),
         "rewards/crashes": float(collected.num_reward_crashes),
+        "vision/images": float(collected.num_pictures),
+        "vision/images_encoded": float(collected.num_encoded_pictures),
     }
 
 

@@ -1,6 +1,6 @@
 """Prompts to graded groups, for training and for evaluation.
 
-prompts --> actor.encode --features--> rollout --finished groups--> reward pool --scores--> groups in prompt order
+prompts --> pictures --features--> rollout --finished groups--> reward pool --scores--> groups in prompt order
 
 Groups are graded while others are still being sampled.
 """
@@ -19,6 +19,7 @@ from mindspeed_mm_rl.metrics import Stopwatch
 from mindspeed_mm_rl.platforms import signals
 from mindspeed_mm_rl.rewards.pool import RewardPool
 from mindspeed_mm_rl.rewards.scoring import GroupScores
+from mindspeed_mm_rl.trainer.pictures import SharedPictures
 from mindspeed_mm_rl.types import Group, Prompt, RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.workers.calls import numbered
 from mindspeed_mm_rl.workers.failure import WorkerFailed
@@ -35,8 +36,6 @@ class GradedGroups:
     """Every prompt that was asked for, in prompt order."""
 
     groups: list[Group]
-    images: list[Any]
-    """Object refs of picture tables."""
     timeouts: int
     """Samples graded wrong because their grading ran out of time."""
     crashes: int
@@ -47,9 +46,16 @@ class GroupSampler:
     def __init__(self, plan: Plan, trainers: Trainers, rollout: RolloutGroupStream, rewards: RewardPool, tokenizer: Any) -> None:
         self.plan, self.trainers, self.rollout, self.rewards, self.tokenizer = plan, trainers, rollout, rewards, tokenizer
 
-    def sample(self, prompts: list[Prompt], clock: Stopwatch, sampling: Sampling | None = None) -> GradedGroups:
-        """sampling: other than training's. Raises WorkerFailed when somebody is silent for too long."""
-        images = self._shared_images(prompts, clock)
+    def new_pictures(self) -> SharedPictures:
+        return SharedPictures(self.trainers.encoder if self.plan.rollout.image_embeds else None)
+
+    def sample(self, prompts: list[Prompt], pictures: SharedPictures, clock: Stopwatch, sampling: Sampling | None = None) -> GradedGroups:
+        """pictures: takes up those of the prompts. sampling: other than training's.
+
+        Raises WorkerFailed when somebody is silent for too long.
+        """
+        with clock.measure("image_embeds"):
+            images = pictures.of(prompts)
         with clock.measure("rollout"):
             first_finished, graded = self._sampled(prompts, images, sampling)
         self._wait_for_scores(graded)
@@ -59,20 +65,9 @@ class GroupSampler:
             clock.add("reward_model", *interval)
         return GradedGroups(
             groups=[Group(p, r.rollouts, s.scores, s.accuracy, s.rewards, s.metrics) for p, r, s in scored],
-            images=images,
             timeouts=sum(scores.timeouts for _, _, scores in scored),
             crashes=sum(scores.crashes for _, _, scores in scored),
         )
-
-    def _shared_images(self, prompts: list[Prompt], clock: Stopwatch) -> list[Any]:
-        """Object refs of tables of the distinct pictures: encoded where the vision encoder is frozen, else as pixels."""
-        import ray
-
-        distinct = {image.key: image for prompt in prompts for image in prompt.images}
-        if not distinct:
-            return []
-        with clock.measure("image_embeds"):
-            return self.trainers.actor.encode(distinct) if self.plan.rollout.image_embeds else [ray.put(distinct)]
 
     def _sampled(self, prompts: list[Prompt], images: list[Any], sampling: Sampling | None) -> tuple[float, list[Graded]]:
         """When the first group went to the rewards, and every group with the future of its scores."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,10 @@ class WeightHandle:
     size: int
     """Bytes of the whole file."""
     table: tuple[TensorSlot, ...]
+
+
+NodeHandles = Mapping[str, WeightHandle]
+"""By the address of the node whose processes can open it."""
 
 
 class HostBuffer:

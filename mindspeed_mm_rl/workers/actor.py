@@ -23,16 +23,16 @@ class ActorWorker(TrainWorker):
 
         return MegatronTrainEngine(self.plan, **self.engine_options)
 
-    def encode(self, images: dict[str, ImageInput]) -> tuple[dict[str, ImageFeatures], int]:
-        """The encoded table, and how many pictures it holds."""
+    def encode(self, images: dict[str, ImageInput], is_first: bool) -> tuple[dict[str, ImageFeatures] | None, int]:
+        """The encoded table, and how many pictures it holds; nothing but of the first of several ranks that encode the same together."""
         table = self.engine.encode(images)
-        return table, len(table)
+        return (table, len(table)) if is_first else (None, 0)
 
     def logprobs(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
-        return self.engine.logprobs(batch.select(rows), fetched(images))
+        return self.engine.logprobs(batch, rows, fetched(images))
 
     def ref_logprobs(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
-        return self.engine.ref_logprobs(batch.select(rows), fetched(images))
+        return self.engine.ref_logprobs(batch, rows, fetched(images))
 
     def update(
         self, batch: Batch, rows: list[int], images: list[Any], policy_loss: PolicyLoss, num_loss_tokens: float, num_sequences: float
@@ -40,6 +40,26 @@ class ActorWorker(TrainWorker):
         from mindspeed_mm_rl.engines.base import UpdateRequest
 
         return self.engine.update(UpdateRequest(batch, rows, num_loss_tokens, num_sequences), fetched(images), policy_loss)
+
+    def gradients(
+        self,
+        batch: Batch,
+        rows: list[int],
+        images: list[Any],
+        policy_loss: PolicyLoss,
+        num_loss_tokens: float,
+        num_sequences: float,
+        is_first: bool,
+    ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """Of several ranks that have the same gradients by features the first one hands them out."""
+        from mindspeed_mm_rl.engines.base import UpdateRequest
+
+        request = UpdateRequest(batch, rows, num_loss_tokens, num_sequences)
+        metrics, gradients = self.engine.gradients(request, fetched(images), policy_loss)
+        return metrics, gradients if is_first else {}
+
+    def step(self, grad_norm: float) -> dict[str, float]:
+        return self.engine.step(grad_norm)
 
     def publish_weights(self) -> WeightHandle:
         return self.engine.publish_weights()

@@ -65,11 +65,13 @@ def answers(calls: Sequence[Call], timeout_seconds: float, doing: str) -> list[A
             try:
                 got[ref] = ray.get(ref)
             except ray.exceptions.RayError as error:
-                raise _to_blame(calls, {ref: error}, pending, timeout_seconds, doing) from error
+                raise to_blame(calls, {ref: error}, pending, timeout_seconds, doing) from error
     return [got[call.ref] for call in calls]
 
 
-def _to_blame(calls: Sequence[Call], errors: dict[Any, Exception], pending: list[Any], timeout_seconds: float, doing: str) -> Exception:
+def to_blame(calls: Sequence[Call], errors: dict[Any, Exception], pending: list[Any], timeout_seconds: float, doing: str) -> Exception:
+    """What to say when the first of some calls that belong together has failed. errors: what is known, by the refs of their calls; pending:
+    refs that have not answered yet."""
     import ray
 
     deadline = time.monotonic() + _GRACE_SECONDS

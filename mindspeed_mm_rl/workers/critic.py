@@ -23,7 +23,7 @@ class CriticWorker(TrainWorker):
         return MegatronCriticEngine(self.plan)
 
     def values(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
-        return self.engine.values(batch.select(rows), fetched(images))
+        return self.engine.values(batch, rows, fetched(images))
 
     def update(
         self, batch: Batch, rows: list[int], images: list[Any], value_loss: ValueLoss, num_loss_tokens: float, num_sequences: float

@@ -21,6 +21,7 @@ _DISK_FULL = re.compile(r"no space left on device|errno 28|disk quota exceeded",
 _MEMORY_ADVICE = {
     "trainer rank": "lower rl_config.max_packing_token_size",
     "critic rank": "lower rl_config.max_packing_token_size",
+    "vision rank": "lower megatron_training.max_pixels",
     "rollout replica": "lower generate_config.max_num_seqs or generate_config.kv_cache_bytes",
 }
 
@@ -49,9 +50,12 @@ class Member:
     """Where the worker's output goes, when this process can read it; else empty."""
     memory_kills: int | None = None
     """Of its machine, when it was started."""
+    rank: int | None = None
+    """Where several processes are one member of the run: which of them."""
 
     def __str__(self) -> str:
-        return f"{self.role} {self.number} (pid {self.pid} on {self.node})" if self.pid else f"{self.role} {self.number}"
+        name = f"{self.role} {self.number}" if self.rank is None else f"rank {self.rank} of {self.role} {self.number}"
+        return f"{name} (pid {self.pid} on {self.node})" if self.pid else name
 
     @property
     def is_local(self) -> bool:

@@ -5,28 +5,32 @@ A lost rank cannot be replaced: its peers are stuck with it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mindspeed_mm_rl.config.plan import Plan, TrainPlan
 from mindspeed_mm_rl.data.packing import balanced_shares
 from mindspeed_mm_rl.engines.base import PolicyLoss, ValueLoss
+from mindspeed_mm_rl.models.saved_weights import VISION_FOLDER
 from mindspeed_mm_rl.models.weight_files import ACTOR_FOLDER, CRITIC_FOLDER
 from mindspeed_mm_rl.types import Batch, ImageInput
-from mindspeed_mm_rl.weights.host import WeightHandle
-from mindspeed_mm_rl.workers import placement
+from mindspeed_mm_rl.weights.host import NodeHandles
+from mindspeed_mm_rl.workers import encoding, placement
 from mindspeed_mm_rl.workers.actor import ActorWorker
 from mindspeed_mm_rl.workers.calls import Call, Pulse, answers, numbered, start_bound
 from mindspeed_mm_rl.workers.critic import CriticWorker
+from mindspeed_mm_rl.workers.encoding import EncodedTables, Encoder
 from mindspeed_mm_rl.workers.failure import Member
+
+if TYPE_CHECKING:
+    from mindspeed_mm_rl.workers.vision_group import VisionGroup
 
 
 class TrainGroup:
-    """Ranks that train one network. Rows of a batch go to data-parallel ranks by whole groups, balanced by tokens.
+    """Ranks that train one network. Rows of a batch go to copies of it by whole groups, balanced by tokens.
 
     Every verb raises WorkerDied, WorkerFailed or ValueError (see workers/calls.py).
     """
@@ -37,7 +41,7 @@ class TrainGroup:
 
     def __init__(self, slots: placement.Slots, plan: Plan, worker: type, train: TrainPlan, **engine_options: bool) -> None:
         """Starts the processes and does not wait for them; `ready` does."""
-        self.slots, self.timeout = slots, plan.run.timeout_seconds
+        self.slots, self.train, self.timeout = slots, train, plan.run.timeout_seconds
         variables = dict(plan.runtime_env) | {"OMP_NUM_THREADS": str(train.threads)}
         self.workers = [
             placement.spawn(slots, worker, rank, variables, plan=train, rank=rank, world_size=slots.count, **engine_options)
@@ -85,18 +89,19 @@ class TrainGroup:
         import ray
 
         shares, ref = self._shares(batch), ray.put(batch)
-        totals = (float(batch.loss_mask.values.sum()), float(len(batch)))
         return self._all(
             doing,
-            lambda worker, rank: worker.update.remote(ref, shares[rank], images, loss, *totals),
+            lambda worker, rank: worker.update.remote(ref, shares[rank], images, loss, *_totals(batch)),
             [_samples(batch, share) for share in shares],
-        )[0]
+        )[-1]
 
     def _shares(self, batch: Batch) -> list[list[int]]:
-        n = batch.samples_per_prompt
+        """Rows of each rank: ranks of one copy of the network have the same ones."""
+        n, ranks = batch.samples_per_prompt, len(self.members)
         lengths = batch.total_lengths()
         weights = [sum(lengths[start : start + n]) for start in range(0, len(batch), n)]
-        return [[group * n + k for group in share for k in range(n)] for share in balanced_shares(weights, len(self.members))]
+        groups = balanced_shares(weights, self.train.replicas(ranks))
+        return [[group * n + k for group in groups[self.train.replica(rank, ranks)] for k in range(n)] for rank in range(ranks)]
 
 
 class ActorGroup(TrainGroup):
@@ -108,19 +113,8 @@ class ActorGroup(TrainGroup):
             with_reference=with_reference, entropy_bonus=plan.recipe.entropy_coeff != 0, publish_vision=not plan.rollout.image_embeds,
         )  # fmt: skip
 
-    def encode(self, images: dict[str, ImageInput]) -> list[Any]:
-        """Every picture once, shared out over the ranks; object refs of the encoded tables, finished, which the driver never holds."""
-        keys = list(images)
-        shares = balanced_shares([math.prod(images[key].grid_thw) for key in keys], len(self.members))
-        tables, calls = [], []
-        for member, share in zip(self.members, shares, strict=False):
-            if share:
-                table, count = member.actor.encode.options(num_returns=2).remote({keys[i]: images[keys[i]] for i in share})
-                tables.append(table)
-                # The count says that the table is there, or why not, without bringing it here.
-                calls.append(Call(member, count, f"{len(share)} pictures"))
-        answers(calls, self.timeout, "vision encoder")
-        return tables
+    def encode(self, images: dict[str, ImageInput]) -> EncodedTables:
+        return encoding.encode(self.members, self.train, images, self.timeout)
 
     def logprobs(self, batch: Batch, images: list[Any]) -> dict[int, torch.Tensor]:
         return self._by_sample("log-probs", "logprobs", batch, images)
@@ -131,10 +125,27 @@ class ActorGroup(TrainGroup):
     def update(self, batch: Batch, images: list[Any], policy_loss: PolicyLoss) -> dict[str, float]:
         return self._updated("update", batch, images, policy_loss)
 
-    def publish_weights(self) -> WeightHandle:
+    def gradients(self, batch: Batch, images: list[Any], policy_loss: PolicyLoss) -> tuple[dict[str, float], list[Any]]:
+        """The metrics of an update up to its step, and object refs of tables of gradients by features, in the order of ranks."""
+        import ray
+
+        shares, ref, totals = self._shares(batch), ray.put(batch), _totals(batch)
+        first = [copy[0] for copy in encoding.replicas(self.members, self.train)]
+        tables, calls = [], []
+        for member, share in zip(self.members, shares, strict=True):
+            gradients = member.actor.gradients.options(num_returns=2)
+            metrics, table = gradients.remote(ref, share, images, policy_loss, *totals, member in first)
+            calls.append(Call(member, metrics, _samples(batch, share)))
+            tables += [table] if member in first else []
+        return answers(calls, self.timeout, "update")[-1], tables
+
+    def step(self, grad_norm: float) -> dict[str, float]:
+        return self._all("update", lambda worker, _: worker.step.remote(grad_norm))[-1]
+
+    def publish_weights(self) -> NodeHandles:
         """Data-parallel ranks hold the same weights, so the first one writes them."""
         writer = self.members[0]
-        return answers([Call(writer, writer.actor.publish_weights.remote())], self.timeout, "weight push")[0]
+        return {writer.node: answers([Call(writer, writer.actor.publish_weights.remote())], self.timeout, "weight push")[0]}
 
 
 class CriticGroup(TrainGroup):
@@ -158,14 +169,26 @@ class Trainers:
 
     actor: ActorGroup
     critic: CriticGroup | None = None
+    vision: VisionGroup | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        """Who encodes pictures for all."""
+        return self.vision or self.actor
 
     def by_folder(self) -> dict[str, TrainGroup]:
         """Under the names of their folders in a save."""
-        return {ACTOR_FOLDER: self.actor} | ({} if self.critic is None else {CRITIC_FOLDER: self.critic})
+        groups = {ACTOR_FOLDER: self.actor, VISION_FOLDER: self.vision, CRITIC_FOLDER: self.critic}
+        return {name: group for name, group in groups.items() if group is not None}
 
     def check_alive(self, doing: str) -> None:
         for group in self.by_folder().values():
             group.check_alive(doing)
+
+
+def _totals(batch: Batch) -> tuple[float, float]:
+    """Denominators of the losses."""
+    return float(batch.loss_mask.values.sum()), float(len(batch))
 
 
 def _samples(batch: Batch, rows: list[int]) -> str:

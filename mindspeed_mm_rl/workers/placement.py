@@ -12,8 +12,8 @@ from mindspeed_mm_rl.workers.calls import Call, answers, start_bound
 from mindspeed_mm_rl.workers.failure import Member
 
 _OBJECT_STORE_BYTES_ON_CPU = 512 << 20
-_DEVICE_SHARE, _CPU_SHARE = 0.3, 0.5
-"""Of a bundle, for each of the processes that take turns on it: trainer, rollout engine, and critic where there is one."""
+_DEVICE_SHARE, _CPU_SHARE = 0.25, 0.5
+"""Of a bundle, for each of the processes that take turns on it: trainer, rollout engine, critic and vision encoder."""
 _COMMON_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 

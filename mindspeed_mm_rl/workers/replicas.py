@@ -1,6 +1,6 @@
 """The rollout processes as one object that the driver talks to. A replica that dies is replaced, and what it had in hand is done again.
 
-dead stream -> new process on the same bundle -> weights of the last push (the trainer's buffer still holds them)
+dead stream -> new processes on the same bundles -> weights of the last push (the trainer's buffer still holds them)
             -> its unfinished prompts again: the noise of a sample depends on its id alone, so the tokens are the same
 """
 
@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.data.packing import balanced_shares
 from mindspeed_mm_rl.engines.vllm.environment import rollout_env
 from mindspeed_mm_rl.platforms import signals
 from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest, Sampling
-from mindspeed_mm_rl.weights.host import WeightHandle
+from mindspeed_mm_rl.weights.host import NodeHandles
 from mindspeed_mm_rl.workers import placement
-from mindspeed_mm_rl.workers.calls import Call, answers, failed, numbered, silent, start_bound
+from mindspeed_mm_rl.workers.calls import Call, answers, numbered, silent, start_bound, to_blame
 from mindspeed_mm_rl.workers.failure import Member, WorkerDied, WorkerFailed
 from mindspeed_mm_rl.workers.rollout import RolloutWorker
 
@@ -29,36 +30,112 @@ _LOOK_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Share:
-    """What one replica has in hand."""
+class Replica:
+    """One rollout engine: as many processes as it has tensor-parallel ranks, on neighbouring bundles."""
 
-    replica: int
-    unfinished: dict[int, RolloutRequest]
-    since: float = field(default_factory=time.monotonic)
-    """When it last finished a group, or began."""
+    def __init__(self, slots: placement.Slots, plan: Plan, number: int) -> None:
+        """Starts the processes and does not wait for them; `ready` does."""
+        self.number, self._slots, self._timeout = number, slots, plan.run.timeout_seconds
+        size = plan.rollout.tensor_parallel_size
+        variables = dict(plan.runtime_env) | rollout_env(plan.rollout.threads)
+        self.workers = [
+            placement.spawn(slots, RolloutWorker, number * size + rank, variables, plan=plan.rollout, seed=plan.rollout.seed, rank=rank)
+            for rank in range(size)
+        ]
+        self._greetings = [worker.alive.remote() for worker in self.workers]
+        meeting_point = self.workers[0].meeting_point.remote() if size > 1 else None
+        self._started = [worker.start.remote(meeting_point) for worker in self.workers]
+        self.members: list[Member] = []
+
+    def ready(self) -> None:
+        found = placement.introduced(_ROLE, self.workers, self._greetings, self._slots)
+        ranks = range(len(found)) if len(found) > 1 else (None,)
+        self.members = [replace(member, number=self.number, rank=rank) for member, rank in zip(found, ranks, strict=True)]
+        calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
+        answers(calls, start_bound(self._timeout), "start of the rollout engine")
+
+    def receive_weights(self, handles: NodeHandles, policy_version: int) -> list[Call]:
+        """handles: of every node on which a process trains. Raises ValueError when there is none on a node of this replica."""
+        calls = []
+        for member in self.members:
+            if member.node not in handles:
+                raise ValueError(
+                    f"{member} is on a node on which no process trains (those are {', '.join(sorted(handles))}), so that it cannot get "
+                    "weights; let rl_config.actor_resource.num_npus be all the devices of its nodes"
+                )
+            calls.append(Call(member, member.actor.receive_weights.remote(handles[member.node], policy_version)))
+        return calls
+
+    def stop(self) -> None:
+        """What is left of the processes: without one of them the others wait in vain."""
+        import ray
+
+        for worker in self.workers:
+            ray.kill(worker)
+
+
+class _Share:
+    """What one replica has in hand: a stream of rank 0, and the other ranks, which keep pace with it."""
+
+    def __init__(self, replica: Replica, requests: list[RolloutRequest], images: list[Any], sampling: Sampling) -> None:
+        self.replica = replica
+        self.unfinished = {request.prompt_id: request for request in requests}
+        self.since = time.monotonic()
+        """When the replica last finished a group, or began."""
+        first, *others = replica.members
+        self._stream = first.actor.generate.options(num_returns="streaming").remote(requests, images, sampling)
+        self._calls = {self._stream: Call(first, self._stream.completed())}
+        for other in others:
+            ref = other.actor.keep_pace.remote(requests, images, sampling)
+            self._calls[ref] = Call(other, ref)
+        self.pending = list(self._calls)
+        """What `read` may be called with as soon as ray.wait names it; empty when all is done."""
+
+    def read(self, ready: Any, doing: str, timeout_seconds: float) -> RolloutGroup | None:
+        """The next group, where it is the stream that has something to say. Raises WorkerDied, WorkerFailed or ValueError."""
+        import ray
+
+        own = self._calls[ready]
+        try:
+            ref = next(ready, None) if ready is self._stream else ready
+            group = None if ref is None else ray.get(ref)
+        except ray.exceptions.RayError as error:
+            others = [call.ref for call in self._calls.values() if call is not own]
+            raise to_blame(list(self._calls.values()), {own.ref: error}, others, timeout_seconds, doing) from error
+        if group is not None:
+            del self.unfinished[group.prompt_id]
+            self.since = time.monotonic()
+            return group
+        self.pending.remove(ready)
+        if ready is self._stream and self.unfinished:
+            raise WorkerFailed(f"{own.member} ended its stream without {numbered('prompts', sorted(self.unfinished))}")
+        return None
+
+    def late(self) -> list[Call]:
+        about = f"{numbered('prompts', sorted(self.unfinished))} unfinished"
+        return [Call(call.member, call.ref, about) for call in self._calls.values()]
 
 
 class RolloutGroupStream:
-    """All rollout replicas. Prompts are dealt in turn; finished groups are merged as they come."""
+    """All rollout replicas. Prompts are dealt by expected length; finished groups are merged as they come."""
 
     def __init__(self, slots: placement.Slots, plan: Plan) -> None:
         """Starts the processes and does not wait for them; `ready` does."""
         self.slots, self.plan, self.timeout = slots, plan, plan.run.timeout_seconds
         self._training = Sampling(plan.run.samples_per_prompt)
-        self.workers = [self._spawn(slot) for slot in range(0, slots.count, plan.rollout.tensor_parallel_size)]
-        self._greetings = [worker.alive.remote() for worker in self.workers]
-        self._started = [worker.start.remote() for worker in self.workers]
-        self.members: list[Member] = []
+        self._replicas = [Replica(slots, plan, number) for number in range(slots.count // plan.rollout.tensor_parallel_size)]
         self.while_waiting: Callable[[str], None] = lambda doing: None
         """Called about once a second while groups are awaited, with what is going on: a look at those who are idle meanwhile."""
-        self._pushed: tuple[WeightHandle, int] | None = None
+        self._pushed: tuple[NodeHandles, int] | None = None
         self._replaced = self._replaced_before = 0
 
+    @property
+    def workers(self) -> list[Any]:
+        return [worker for replica in self._replicas for worker in replica.workers]
+
     def ready(self) -> None:
-        self.members = placement.introduced(_ROLE, self.workers, self._greetings, self.slots)
-        calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
-        answers(calls, start_bound(self.timeout), "start of the rollout engine")
+        for replica in self._replicas:
+            replica.ready()
 
     def generate(self, requests: list[RolloutRequest], images: list[Any], sampling: Sampling | None = None) -> Iterator[RolloutGroup]:
         """Yields groups in finish order. sampling: other than training's.
@@ -69,64 +146,48 @@ class RolloutGroupStream:
 
         sampling = sampling or self._training
         doing = sampling.stream or "rollout"
-        shares = [{r.prompt_id: r for r in requests[i :: len(self.members)]} for i in range(len(self.members))]
-        streams = {self._ask(i, share, images, sampling): _Share(i, share) for i, share in enumerate(shares) if share}
-        while streams:
-            done, _ = ray.wait(list(streams), num_returns=1, timeout=_LOOK_SECONDS)
+        dealt = zip(self._replicas, self._dealt(requests), strict=True)
+        shares = [_Share(replica, own, images, sampling) for replica, own in dealt if own]
+        while shares:
+            pending = {ref: share for share in shares for ref in share.pending}
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=_LOOK_SECONDS)
             signals.let_through()
-            for stream in done:
-                share = streams[stream]
+            for ref in done:
+                share = pending[ref]
                 try:
-                    group = self._next(stream, share, doing)
+                    group = share.read(ref, doing, self.timeout)
                 except WorkerDied as death:
-                    del streams[stream]
-                    self._replace(share.replica, death)
+                    shares.remove(share)
+                    successor = self._replace(share.replica, death)
                     if share.unfinished:
-                        streams[self._ask(share.replica, share.unfinished, images, sampling)] = _Share(share.replica, share.unfinished)
+                        shares.append(_Share(successor, list(share.unfinished.values()), images, sampling))
                     continue
-                if group is None:
-                    del streams[stream]
-                else:
+                if group is not None:
                     yield group
+                elif not share.pending:
+                    shares.remove(share)
             self.while_waiting(doing)
-            self._check_progress(streams, doing)
+            self._check_progress(shares, doing)
 
-    def _ask(self, replica: int, requests: dict[int, RolloutRequest], images: list[Any], sampling: Sampling) -> Any:
-        generate = self.members[replica].actor.generate.options(num_returns="streaming")
-        return generate.remote(list(requests.values()), images, sampling)
+    def _dealt(self, requests: list[RolloutRequest]) -> list[list[RolloutRequest]]:
+        """Requests of each replica. The response is counted as long as it may get: what is known of its length is the same for all prompts,
+        and a mean of those before would make the deal depend on where a run was resumed."""
+        expected = [request.expanded_length + self.plan.rollout.max_tokens for request in requests]
+        return [[requests[i] for i in share] for share in balanced_shares(expected, len(self._replicas))]
 
-    def _next(self, stream: Any, share: _Share, doing: str) -> RolloutGroup | None:
-        """The next group of a stream; None at its end."""
-        import ray
-
-        member = self.members[share.replica]
-        try:
-            ref = next(stream, None)
-            group = None if ref is None else ray.get(ref)
-        except ray.exceptions.RayError as error:
-            raise failed(member, doing, error) from error
-        if group is None:
-            if share.unfinished:
-                raise WorkerFailed(f"{member} ended its stream without {numbered('prompts', sorted(share.unfinished))}")
-            return None
-        del share.unfinished[group.prompt_id]
-        share.since = time.monotonic()
-        return group
-
-    def _check_progress(self, streams: dict[Any, _Share], doing: str) -> None:
+    def _check_progress(self, shares: list[_Share], doing: str) -> None:
         """A replica that is stopped, or hangs, says nothing."""
-        late = [share for share in streams.values() if time.monotonic() - share.since > self.timeout]
+        late = [call for share in shares if time.monotonic() - share.since > self.timeout for call in share.late()]
         if late:
-            calls = [Call(self.members[s.replica], None, f"{numbered('prompts', sorted(s.unfinished))} unfinished") for s in late]
-            raise silent(calls, self.timeout, doing)
+            raise silent(late, self.timeout, doing)
 
-    def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
+    def receive_weights(self, handles: NodeHandles, policy_version: int) -> None:
         """Returns when every replica has copied the weights."""
-        self._pushed = (handle, policy_version)
-        calls = [Call(member, member.actor.receive_weights.remote(handle, policy_version)) for member in self.members]
-        for replica, call in enumerate(calls):
+        self._pushed = (handles, policy_version)
+        under_way = [(replica, replica.receive_weights(handles, policy_version)) for replica in self._replicas]
+        for replica, calls in under_way:
             try:
-                answers([call], self.timeout, "weight push")
+                answers(calls, self.timeout, "weight push")
             except WorkerDied as death:
                 self._replace(replica, death)
 
@@ -136,24 +197,20 @@ class RolloutGroupStream:
         return count
 
     def peak_memory(self) -> int:
-        calls = [Call(member, member.actor.peak_memory.remote()) for member in self.members]
+        calls = [Call(member, member.actor.peak_memory.remote()) for replica in self._replicas for member in replica.members]
         return sum(answers(calls, self.timeout, "memory report"))
 
-    def _spawn(self, slot: int) -> Any:
-        variables = dict(self.plan.runtime_env) | rollout_env(self.plan.rollout.threads)
-        return placement.spawn(self.slots, RolloutWorker, slot, variables, plan=self.plan.rollout, seed=self.plan.rollout.seed)
-
-    def _replace(self, replica: int, death: WorkerDied) -> None:
+    def _replace(self, replica: Replica, death: WorkerDied) -> Replica:
         """Raises WorkerFailed when too many have died, or when the new one cannot start."""
         if self._replaced == _MAX_REPLACEMENTS:
             raise WorkerFailed(f"{death}; {_MAX_REPLACEMENTS} replicas of this run were replaced before, so it is no accident") from death
         self._replaced += 1
-        worker = self._spawn(replica * self.plan.rollout.tensor_parallel_size)
-        greeting, started = worker.alive.remote(), worker.start.remote()
-        member = replace(placement.introduced(_ROLE, [worker], [greeting], self.slots)[0], number=replica)
-        answers([Call(member, started)], start_bound(self.timeout), "start of the rollout engine")
+        replica.stop()
+        successor = Replica(self.slots, self.plan, replica.number)
+        successor.ready()
         if self._pushed is not None:
-            answers([Call(member, worker.receive_weights.remote(*self._pushed))], self.timeout, "weight push")
-        self.workers[replica] = worker
-        self.members[replica] = member
-        _log.warning("%s; replaced by pid %d (%d of %d)", death, member.pid, self._replaced, _MAX_REPLACEMENTS)
+            answers(successor.receive_weights(*self._pushed), self.timeout, "weight push")
+        self._replicas[replica.number] = successor
+        pids = ", ".join(str(member.pid) for member in successor.members)
+        _log.warning("%s; replaced by pid %s (%d of %d)", death, pids, self._replaced, _MAX_REPLACEMENTS)
+        return successor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mindspeed_mm_rl.workers.worker import Worker, fetched
+from mindspeed_mm_rl.workers.worker import RankWorker, fetched
 
 if TYPE_CHECKING:
     from mindspeed_mm_rl.config.plan import RolloutPlan
@@ -13,20 +13,30 @@ if TYPE_CHECKING:
     from mindspeed_mm_rl.weights.host import WeightHandle
 
 
-class RolloutWorker(Worker):
-    """One rollout replica; a generator method streams each group as soon as it is finished."""
+class RolloutWorker(RankWorker):
+    """One process of a rollout replica. That of rank 0 streams each group as soon as it is finished; the others keep pace."""
 
-    def __init__(self, plan: RolloutPlan, seed: int) -> None:
+    def __init__(self, plan: RolloutPlan, seed: int, rank: int = 0) -> None:
+        super().__init__(rank, plan.tensor_parallel_size, plan.timeout_seconds)
         self.plan, self.seed = plan, seed
 
-    def start(self) -> None:
+    def start(self, meeting_point: tuple[str, int] | None) -> None:
+        """meeting_point: None for a replica of one process."""
+        from mindspeed_mm_rl.engines.vllm import ranks
         from mindspeed_mm_rl.engines.vllm.engine import VllmRolloutEngine
 
+        if meeting_point is not None:
+            ranks.join(self.meet(meeting_point), self.rank, self.world_size, self.timeout_seconds)
         self.engine = VllmRolloutEngine(self.plan, self.seed)
 
     def generate(self, requests: list[RolloutRequest], images: list[Any], sampling: Sampling) -> Iterator[RolloutGroup]:
         """images: object refs of picture tables."""
         yield from self.engine.generate(requests, fetched(images), sampling)
+
+    def keep_pace(self, requests: list[RolloutRequest], images: list[Any], sampling: Sampling) -> None:
+        """The same on the other ranks of a replica, with the same arguments."""
+        for _ in self.engine.generate(requests, fetched(images), sampling):
+            pass
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         self.engine.receive_weights(handle, policy_version)

@@ -51,7 +51,7 @@ class TrainWorker(Worker, ABC):
         self.store = self.store or self._meet(*meeting_point, is_master=False)
         process_groups.initialize(plan, self.rank, self.world_size, self.store)
         self.engine = self.new_engine()
-        return sum(p.numel() for p in self.engine.network.parameters() if p.requires_grad)
+        return sum(p.numel() for network in self.engine.networks for p in network.parameters() if p.requires_grad)
 
     @abstractmethod
     def new_engine(self) -> Any:

@@ -51,7 +51,7 @@ def run(rank: int, world: int, model: Path, address: str, folder: Path) -> None:
 
 
 def _agreeing(engine: object, batch: Batch, fault: float) -> Batch:
-    logprobs = engine.logprobs(batch, {})
+    logprobs = engine.logprobs(batch, range(len(batch)), {})
     flat = torch.cat([logprobs[sample_id] for sample_id in batch.sample_ids])
     flat[-1] += fault
     return replace(batch, rollout_logprobs=Ragged(flat, batch.responses.lengths))

@@ -21,13 +21,14 @@ def run(rank: int, world: int, sequence_parallel: bool, model: Path, folder: Pat
 
     from mindspeed_mm_rl.models.families import read_architecture
     from mindspeed_mm_rl.models.qwen2_5_vl import build_policy
+    from mindspeed_mm_rl.models.rank_pieces import Grid
 
     store = dist.FileStore(str(folder / f"store_{world}_{sequence_parallel}"), world)
     dist.init_process_group(device.collective_backend(), store=store, rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     model_parallel_cuda_manual_seed(1)
     architecture = read_architecture(model)
-    options = {"tensor_parallel_size": world, "sequence_parallel": sequence_parallel}
+    options = {"grid": Grid(((architecture.text.num_layers,),), tensor=world), "sequence_parallel": sequence_parallel}
     policy = build_policy(architecture, freeze_vision=False, freeze_projector=False, **options)
     weights = folder / "weights"
     if world == 1:

@@ -142,8 +142,8 @@ RULES = {
         "rl_config.adv_estimator (gae) must be group_norm for megatron_training.stage ray_dapo; set it or remove it"
     ),
     "actor_config.tensor_model_parallel_size=2": (
-        "rl_config.actor_resource.num_npus (1) must be a multiple of tensor x pipeline x context parallel sizes (2 x 1 x 1 = 2); change "
-        "num_npus or one of the sizes"
+        "rl_config.actor_resource.num_npus (1) must be a multiple of actor_config's tensor x pipeline x context parallel sizes "
+        "(2 x 1 x 1 = 2); num_npus 2 would do, or sizes whose product is 1"
     ),
     "actor_config.sequence_parallel=true": (
         "actor_config.sequence_parallel (true) needs actor_config.tensor_model_parallel_size > 1, which is 1; set sequence_parallel to "

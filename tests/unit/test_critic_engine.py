@@ -127,7 +127,7 @@ def test_values_of_pictures_equal_those_of_transformers(make_engine: MakeEngine,
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     engine = make_engine(tiny_vl)
-    assert all(not row.any() for row in engine.values(vl_batch, images).values()), "a new head says 0"
+    assert all(not row.any() for row in engine.values(vl_batch, range(len(vl_batch)), images).values()), "a new head says 0"
     torch.nn.init.normal_(engine.network.weights()[HEAD], std=0.3, generator=torch.Generator().manual_seed(1))
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vl, dtype=torch.float32).eval()
     settings, inputs = read_image_settings(tiny_vl, MIN_PIXELS, MAX_PIXELS), []
@@ -139,7 +139,7 @@ def test_values_of_pictures_equal_those_of_transformers(make_engine: MakeEngine,
         inputs.append(extra)
     with torch.no_grad():
         expected = hf_values(model.model, engine.network.weights()[HEAD], vl_batch, inputs)
-    found = engine.values(vl_batch, images)
+    found = engine.values(vl_batch, range(len(vl_batch)), images)
     for sample_id, row in zip(vl_batch.sample_ids, expected, strict=True):
         assert (found[sample_id] - row).abs().max() <= 1e-4 < row.abs().max()
 

@@ -16,6 +16,7 @@ from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.rope import rotary
 from mindspeed_mm_rl.models.rope_scaling import LinearScaling
 from mindspeed_mm_rl.models.weight_layout import to_hf, to_megatron
+from tests.parity import hf_logits, packed_logits
 from tests.tiny import make_tiny_text
 
 CONTEXT = 32
@@ -74,14 +75,6 @@ def rows() -> list[torch.Tensor]:
     return [torch.randint(8, 512, (length,), generator=generator) for length in LENGTHS]
 
 
-def packed_logits(policy, rows: list[torch.Tensor]) -> torch.Tensor:
-    return policy.logits(policy(torch.cat(rows), policy.layout(rows, [[]] * len(rows))))
-
-
-def hf_logits(hf: transformers.PreTrainedModel, rows: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([hf(row[None]).logits[0] for row in rows])
-
-
 def test_logits_equal_hugging_face_and_do_not_depend_on_packing(policy, hf, rows):
     with torch.no_grad():
         together = packed_logits(policy, rows)
@@ -127,8 +120,11 @@ def test_each_family_has_a_row_of_names():
     for model_type, family in families.FAMILIES.items():
         rules = {rule.mm for block in names.FAMILIES[model_type] for rule in block.rules}
         parts = {block.part for block in names.FAMILIES[model_type]}
-        assert family.qk_norm == ("self_attention.q_layernorm.weight" in rules), model_type
+        assert family.qk_norm == ("self_attention.k_layernorm.weight" in rules), model_type
         assert family.vision == ("vision" in parts), model_type
+        assert family.latent == ("self_attention.kv_layernorm.weight" in rules), model_type
+        assert bool(family.router) == ("mlp.router.weight" in rules), model_type
+        assert (family.router == "sigmoid") == ("mlp.router.expert_bias" in rules), model_type
 
 
 QWEN3_8B = {
@@ -203,7 +199,7 @@ def test_published_configs(tmp_path: Path):
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not offered"),
         ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not offered; default, mrope, linear, llama3, yarn are"),
         ({"rope_scaling": {"type": "yarn"}}, "key 'factor' is missing for model_type 'llama'"),
-        ({"model_type": "lama"}, "the nearest is 'llama' of llama, qwen2, qwen2_5_vl, qwen3"),
+        ({"model_type": "lama"}, "the nearest is 'llama' of deepseek_v3, llama, qwen2, qwen2_5_vl, qwen3, qwen3_moe"),
     ],
 )
 def test_what_would_be_another_network_is_refused(tmp_path: Path, change: dict, message: str):

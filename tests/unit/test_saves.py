@@ -37,7 +37,7 @@ class Trainer:
     def step(self, seed: int) -> None:
         """One optimizer step on a random gradient."""
         generator = torch.Generator().manual_seed(seed)
-        self.engine.model.zero_grad_buffer()
+        self.engine.models[0].zero_grad_buffer()
         for parameter in self.engine.policy.parameters():
             if parameter.requires_grad:
                 parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))

@@ -105,7 +105,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(
 
 def test_on_policy_update_equals_one_with_recomputed_old_logprobs(make_engine: MakeEngine, batch: Batch, images: dict) -> None:
     one, two = make_engine(), make_engine()
-    with_old = batch.with_column("old_logprobs", two.logprobs(batch, two.encode(images)))
+    with_old = batch.with_column("old_logprobs", two.logprobs(batch, range(len(batch)), two.encode(images)))
     left, _ = gradients(one, batch, images, GRPO)
     right, _ = gradients(two, with_old, images, GRPO)
     for name, gradient in left.items():
@@ -206,7 +206,7 @@ def test_a_gap_over_the_bound_stops_before_anything_changes(make_engine: MakeEng
     with pytest.raises(RuntimeError, match=r"largest log-prob gap .*logprob_gap_bound is 0.05; nothing was updated"):
         engine.update(request(batch), features, GRPO)
     assert all(torch.equal(before[name], p) for name, p in engine.policy.named_parameters())
-    logprobs = engine.logprobs(batch, features)
+    logprobs = engine.logprobs(batch, range(len(batch)), features)
     agreeing = replace(batch, rollout_logprobs=Ragged.from_rows([logprobs[i] for i in batch.sample_ids], torch.float32))
     assert engine.update(request(agreeing), features, GRPO)["logprob_gap_max"] < 1e-5
 
@@ -240,9 +240,9 @@ def test_weights_alone_of_a_save_are_those_that_train_on(make_engine: MakeEngine
 def test_reference_logprobs_stay_those_of_the_start(make_engine: MakeEngine, batch: Batch, images: dict, frozen: bool) -> None:
     engine = make_engine(with_reference=True, freeze_vision=frozen, freeze_projector=frozen)
     features = engine.encode(images) if frozen else images
-    before = engine.logprobs(batch, features)
+    before = engine.logprobs(batch, range(len(batch)), features)
     engine.update(request(batch), features, GRPO)
-    after, reference = engine.logprobs(batch, features), engine.ref_logprobs(batch, features)
+    after, reference = engine.logprobs(batch, range(len(batch)), features), engine.ref_logprobs(batch, range(len(batch)), features)
     assert all(torch.equal(reference[i], before[i]) for i in batch.sample_ids)
     assert any((after[i] - before[i]).abs().max() > 1e-3 for i in batch.sample_ids)
 

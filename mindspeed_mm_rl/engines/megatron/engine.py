@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from mindspeed_mm_rl.config.plan import TrainPlan
-from mindspeed_mm_rl.data.packing import micro_batches
 from mindspeed_mm_rl.engines.base import PolicyLoss, UpdateRequest
 from mindspeed_mm_rl.engines.megatron import process_groups
 from mindspeed_mm_rl.engines.megatron.micro_batch import MicroBatch
-from mindspeed_mm_rl.engines.megatron.network import NetworkEngine, new_network
+from mindspeed_mm_rl.engines.megatron.network import NetworkEngine, new_networks
+from mindspeed_mm_rl.engines.megatron.optimizer import ready_gradients
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.heads import token_logprobs
 from mindspeed_mm_rl.models.names import PARTS
 from mindspeed_mm_rl.models.qwen2_5_vl import Policy
-from mindspeed_mm_rl.models.weight_files import read_megatron_weights
+from mindspeed_mm_rl.models.rank_pieces import read_pieces
 from mindspeed_mm_rl.models.weight_layout import to_hf
+from mindspeed_mm_rl.models.weight_sources import source_of
+from mindspeed_mm_rl.platforms import device
 from mindspeed_mm_rl.types import Batch, ImageFeatures, ImageInput, Images, LossInput
 from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle
-
-_PATCHES_PER_ENCODE = 16384
-"""Patches that one pass of the frozen vision encoder takes: bounds its activations, not its result."""
 
 
 class MegatronTrainEngine(NetworkEngine):
     def __init__(self, plan: TrainPlan, with_reference: bool, entropy_bonus: bool, publish_vision: bool) -> None:
         """Needs process_groups.initialize first. publish_vision: whether the rollout engine runs a vision encoder of its own."""
-        super().__init__(plan, _new_policy(plan, plan.load))
-        self.policy: Policy = self.network
-        self.reference = _new_policy(plan, plan.reference_load).requires_grad_(False) if with_reference else None
-        if self.reference is not None and self.vision_is_frozen:
-            self._check_shared_vision(self.reference)
+        super().__init__(plan, _new_policies(plan, plan.load))
+        self.references = [network.requires_grad_(False) for network in _new_policies(plan, plan.reference_load)] if with_reference else []
+        if self.references and self.vision_is_frozen:
+            self._check_shared_vision(self.references[0])
         self.entropy_bonus = entropy_bonus
         self.publish_vision = publish_vision
         self.buffer: HostBuffer | None = None
@@ -41,7 +40,7 @@ class MegatronTrainEngine(NetworkEngine):
     def _check_shared_vision(self, reference: Policy) -> None:
         """A frozen vision encoder runs once for policy and reference, so it must be the same in both."""
         others = reference.weights()
-        for name, parameter in self.policy.weights().items():
+        for name, parameter in self.networks[0].weights().items():
             if name.startswith("image_encoder.") and not torch.equal(parameter, others[name]):
                 raise ValueError(
                     f"the vision encoder is frozen, but {name} of the reference ({self.plan.reference_load}, "
@@ -49,60 +48,75 @@ class MegatronTrainEngine(NetworkEngine):
                     "give a reference with the same vision encoder, or set freeze: false in the model file"
                 )
 
-    @torch.no_grad()
     def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
         """Every picture through the frozen vision encoder once."""
-        features: dict[str, ImageFeatures] = {}
-        keys = list(images)
-        patches = [_num_patches(images[key]) for key in keys]
-        for group in micro_batches(patches, _PATCHES_PER_ENCODE):
-            chosen = [images[keys[i]] for i in group]
-            for image, embeddings in zip(chosen, self._encode(self.policy, chosen), strict=True):
-                features[image.key] = ImageFeatures(embeddings.cpu(), image.grid_thw)
-        return features
+        return self._encoder().features(self.networks[0], images)
 
-    def _logprobs(self, policy: Policy, micro: MicroBatch, hidden: torch.Tensor, entropy_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def policy(self) -> Policy:
+        return self.network
+
+    def _head(self, policy: Policy, hidden: torch.Tensor, targets: torch.Tensor, entropy_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return token_logprobs(
             policy,
-            hidden[micro.hidden_index.to(hidden.device)],
-            micro.targets.to(hidden.device),
+            hidden,
+            targets,
             temperature=self.plan.temperature,
             banned_ids=self.architecture.banned_token_ids,
             with_entropy_grad=entropy_grad,
         )
 
-    def logprobs(self, batch: Batch, images: Images) -> dict[int, torch.Tensor]:
-        return self._all_logprobs(self.policy, batch, images)
+    def logprobs(self, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
+        return self._by_sample(self.networks, partial(self._head, entropy_grad=False), batch, rows, images)
 
-    def ref_logprobs(self, batch: Batch, images: Images) -> dict[int, torch.Tensor]:
-        if self.reference is None:
+    def ref_logprobs(self, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
+        if not self.references:
             raise ValueError("reference log-probs were asked for, but the engine was built without a reference (init_kl_coef is 0)")
-        return self._all_logprobs(self.reference, batch, images)
-
-    def _all_logprobs(self, policy: Policy, batch: Batch, images: Images) -> dict[int, torch.Tensor]:
-        def head(micro: MicroBatch, hidden: torch.Tensor) -> torch.Tensor:
-            return self._logprobs(policy, micro, hidden, entropy_grad=False)[0]
-
-        return self._by_sample(policy, head, batch, images)
+        return self._by_sample(self.references, partial(self._head, entropy_grad=False), batch, rows, images)
 
     def update(self, request: UpdateRequest, images: Images, policy_loss: PolicyLoss) -> dict[str, float]:
         """Raises RuntimeError, before the optimizer step, when trainer and rollout engine disagree by more than the bound."""
+        return self._agreed_gradients(request, images, policy_loss) | self._step()
+
+    def gradients(
+        self, request: UpdateRequest, images: dict[str, ImageFeatures], policy_loss: PolicyLoss
+    ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """`update` without its last part, `step`: this network's share of the gradient norm is among the metrics.
+
+        Also the gradient by the features of each picture that this rank saw, float32, where it has the first stage.
+        """
+        seen = {key for row in (0, *request.rows) for key in request.batch.image_keys[row]}
+        leaves = {key: _as_leaf(images[key]) for key in sorted(seen)}
+        metrics = self._agreed_gradients(request, leaves, policy_loss) | {"grad_norm": ready_gradients(self.optimizer)}
+        found = {key: leaf.embeddings.grad for key, leaf in leaves.items()}
+        return metrics, {key: gradient.cpu() for key, gradient in found.items() if gradient is not None}
+
+    def _agreed_gradients(self, request: UpdateRequest, images: Images, policy_loss: PolicyLoss) -> dict[str, float]:
         gaps: list[torch.Tensor] = []
-        metrics = self._gradients(request, images, partial(self._loss, request=request, policy_loss=policy_loss, gaps=gaps))
-        return metrics | self._checked_gap(gaps, request) | self._step()
+        head = partial(self._head, entropy_grad=self.entropy_bonus)
+        metrics = self._gradients(request, images, head, partial(self._loss, request=request, policy_loss=policy_loss, gaps=gaps))
+        return metrics | self._checked_gap(gaps, request)
 
     def _loss(
-        self, micro: MicroBatch, hidden: torch.Tensor, request: UpdateRequest, policy_loss: PolicyLoss, gaps: list[torch.Tensor]
+        self,
+        micro: MicroBatch,
+        logprobs: torch.Tensor,
+        entropy: torch.Tensor,
+        request: UpdateRequest,
+        policy_loss: PolicyLoss,
+        gaps: list[torch.Tensor],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logprobs, entropy = self._logprobs(self.policy, micro, hidden, entropy_grad=self.entropy_bonus)
         inputs = _loss_input(micro, logprobs, entropy, request)
         gaps.append(((inputs.old_logprobs - inputs.rollout_logprobs).abs() * inputs.loss_mask).detach())
         return policy_loss(inputs)
 
     def _checked_gap(self, gaps: list[torch.Tensor], request: UpdateRequest) -> dict[str, float]:
-        values = torch.cat(gaps)
-        mean = process_groups.data_parallel_sum({"sum": float(values.sum())})["sum"] / request.num_loss_tokens
-        largest = process_groups.data_parallel_max(float(values.max()))
+        """Known on the last stage, and judged on all, so that no rank steps alone."""
+        total = largest = 0.0
+        if gaps:
+            values = torch.cat(gaps)
+            total, largest = process_groups.data_parallel_sum({"sum": float(values.sum())})["sum"], float(values.max())
+        mean, largest = process_groups.world_max([total / request.num_loss_tokens, largest])
         bound = self.plan.logprob_gap_bound
         if bound and not largest <= bound:
             raise RuntimeError(
@@ -121,14 +135,16 @@ class MegatronTrainEngine(NetworkEngine):
         return self.buffer.write(tensors)
 
 
-def _new_policy(plan: TrainPlan, weights: str) -> Policy:
+def _new_policies(plan: TrainPlan, weights: str) -> list[Policy]:
     architecture = read_architecture(plan.hf_path)
-    return new_network(Policy, architecture, plan, read_megatron_weights(weights, architecture.raw))
+    parts = PARTS if plan.with_vision else ("text",)
+    reader = partial(read_pieces, source_of(weights, architecture.raw, parts))
+    return new_networks(Policy, architecture, plan, architecture.raw, reader)
 
 
-def _num_patches(image: ImageInput) -> int:
-    time, height, width = image.grid_thw
-    return time * height * width
+def _as_leaf(image: ImageFeatures) -> ImageFeatures:
+    """Float32, so that the gradients of many micro-batches add up."""
+    return ImageFeatures(image.embeddings.to(device.current(), torch.float32, copy=True).requires_grad_(), image.grid_thw)
 
 
 def _loss_input(micro: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor, request: UpdateRequest) -> LossInput:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mindspeed_mm_rl.config.plan import OptimizerPlan
+from mindspeed_mm_rl.platforms.compat import supported_arguments
 
 
-def wrap_for_data_parallel(policy: Any, plan: OptimizerPlan) -> Any:
-    """Megatron's DDP: gradients are summed over ranks in fp32, never averaged (the loss carries the global denominator)."""
+def wrap_for_data_parallel(networks: Sequence[Any], plan: OptimizerPlan) -> list[Any]:
+    """Megatron's DDP around each: gradients are summed over ranks in fp32, never averaged (the loss carries the global denominator)."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=plan.overlap_grad_reduce,
+        overlap_param_gather=plan.overlap_param_gather,
         use_distributed_optimizer=plan.use_distributed_optimizer,
         check_for_nan_in_grad=True,
     )
-    return DistributedDataParallel(config=policy.config, ddp_config=settings, module=policy)
+    return [
+        # Of several virtual stages the later ones have no time left in which buckets would help.
+        DistributedDataParallel(config=network.config, ddp_config=settings, module=network, disable_bucketing=stage > 0)
+        for stage, network in enumerate(networks)
+    ]
 
 
-def build_optimizer(model: Any, plan: OptimizerPlan, dtype: torch.dtype) -> Any:
+def build_optimizer(models: list[Any], plan: OptimizerPlan, dtype: torch.dtype) -> Any:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     settings = OptimizerConfig(
@@ -37,8 +44,28 @@ def build_optimizer(model: Any, plan: OptimizerPlan, dtype: torch.dtype) -> Any:
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=plan.use_distributed_optimizer,
+        **supported_arguments(OptimizerConfig, {"overlap_param_gather": plan.overlap_param_gather}),
     )
-    return get_megatron_optimizer(settings, [model])
+    return get_megatron_optimizer(settings, models)
+
+
+def ready_gradients(optimizer: Any) -> float:
+    """Makes the gradients ready for `step`; returns their norm over all ranks of the network."""
+    if optimizer.prepare_grads():
+        raise RuntimeError("the optimizer skipped a step: the gradient is not finite")
+    return float(optimizer.get_grad_norm())
+
+
+def step(optimizer: Any, clip_grad: float, grad_norm: float) -> None:
+    """grad_norm: of all that is clipped together, which may be more than this optimizer's network."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and clip_grad:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+    if not optimizer.step_with_ready_grads():
+        raise RuntimeError(f"the optimizer skipped a step: the gradient is not finite (norm {grad_norm})")
 
 
 def build_schedule(optimizer: Any, plan: OptimizerPlan) -> Any:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 
 from mindspeed_mm_rl.config.plan import TrainPlan
+from mindspeed_mm_rl.models.rank_pieces import Grid, GridPlace, even_stages
 from mindspeed_mm_rl.platforms import device
 
 
@@ -16,9 +19,6 @@ def initialize(plan: TrainPlan, rank: int, world_size: int, meeting: str | dist.
 
     The bound is given twice: megatron's own groups ignore the one of init_process_group.
     """
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     dist.init_process_group(
         device.collective_backend(),
         **({"init_method": f"tcp://{meeting}"} if isinstance(meeting, str) else {"store": meeting}),
@@ -26,11 +26,22 @@ def initialize(plan: TrainPlan, rank: int, world_size: int, meeting: str | dist.
         world_size=world_size,
         timeout=datetime.timedelta(seconds=plan.timeout_seconds),
     )
+    build_groups(plan)
+
+
+def build_groups(plan: TrainPlan) -> None:
+    """Megatron's groups over a world that is there, and the random states that depend on them."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    virtual = len(plan.pipeline_layers)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor_parallel_size,
         pipeline_model_parallel_size=plan.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=plan.context_parallel_size,
         expert_model_parallel_size=plan.expert_parallel_size,
+        expert_tensor_parallel_size=plan.expert_tensor_parallel_size,
         distributed_timeout_minutes=plan.timeout_seconds / 60,
     )
     device.seed_everything(plan.seed)
@@ -44,21 +55,52 @@ def destroy() -> None:
     dist.destroy_process_group()
 
 
+def grid(plan: TrainPlan, num_layers: int) -> Grid:
+    """How the plan spreads a network of so many text layers."""
+    stages = plan.pipeline_layers or even_stages(num_layers, plan.pipeline_parallel_size)
+    return Grid(stages, plan.tensor_parallel_size, plan.expert_parallel_size, plan.expert_tensor_parallel_size)
+
+
+def grid_place() -> GridPlace:
+    """This process's place in it."""
+    from megatron.core import parallel_state
+
+    return GridPlace(
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_rank(),
+        expert_tensor=parallel_state.get_expert_tensor_parallel_rank(),
+    )
+
+
+def speaks() -> bool:
+    """Whether this rank answers for its model replica: of those that compute the same numbers the first."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+
+
+def world_max(values: Sequence[float]) -> list[float]:
+    """Over all ranks, pipeline stages included. NaN counts as infinite: gloo's maximum loses a NaN of any rank but the first."""
+    return _reduced([math.inf if math.isnan(value) else value for value in values], dist.ReduceOp.MAX, dist.group.WORLD)
+
+
 def data_parallel_sum(values: dict[str, float]) -> dict[str, float]:
     """Sums of the same-named values over the data-parallel ranks (they hold different samples)."""
-    return dict(zip(values, _reduce(list(values.values()), dist.ReduceOp.SUM), strict=True))
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group()
+    return dict(zip(values, _reduced(list(values.values()), dist.ReduceOp.SUM, group), strict=True))
 
 
 def data_parallel_max(value: float) -> float:
-    """NaN counts as infinite: gloo's maximum loses a NaN of any rank but the first."""
-    return _reduce([math.inf if math.isnan(value) else value], dist.ReduceOp.MAX)[0]
-
-
-def _reduce(values: list[float], op: dist.ReduceOp) -> list[float]:
-    import torch
     from megatron.core import parallel_state
 
+    return _reduced([value], dist.ReduceOp.MAX, parallel_state.get_data_parallel_group())[0]
+
+
+def _reduced(values: list[float], op: dist.ReduceOp, group: dist.ProcessGroup) -> list[float]:
     reduced = torch.tensor(values, dtype=torch.float64, device=device.current())
-    if dist.get_world_size(parallel_state.get_data_parallel_group()) > 1:
-        dist.all_reduce(reduced, op=op, group=parallel_state.get_data_parallel_group())
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(reduced, op=op, group=group)
     return reduced.tolist()

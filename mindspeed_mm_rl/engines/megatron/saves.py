@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,27 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 """What a parameter group has from the plan: a save must not bring back those of the run that wrote it."""
 
 
-def save(folder: Path, policy: Any, optimizer: Any, schedule: Any) -> None:
+def save(folder: Path, networks: Sequence[Any], optimizer: Any, schedule: Any) -> None:
     """Collective. `folder` must exist and be empty. Raises OSError or RuntimeError when a rank cannot write its shards."""
     from megatron.core import dist_checkpointing
 
     # Before its first step Adam has no moments, which could not be loaded.
-    state = _sharded_state(policy, optimizer if schedule.num_steps else None, is_loading=False)
+    state = _sharded_state(networks, optimizer if schedule.num_steps else None, is_loading=False)
     state["schedule"] = schedule.state_dict()
     state["rng"] = device.rng_state()
     with _ordinary_errors():
         dist_checkpointing.save(state, str(folder))
 
 
-def load(folder: Path, policy: Any, optimizer: Any, schedule: Any, with_optimizer: bool, with_rng: bool) -> None:
+def save_weights(folder: Path, networks: Sequence[Any]) -> None:
+    """`save` of networks that nobody trains."""
+    from megatron.core import dist_checkpointing
+
+    with _ordinary_errors():
+        dist_checkpointing.save(_sharded_state(networks, None, is_loading=False), str(folder))
+
+
+def load(folder: Path, networks: Sequence[Any], optimizer: Any, schedule: Any, with_optimizer: bool, with_rng: bool) -> None:
     """Collective. Without optimizer only weights are taken, the optimizer and its schedule start anew.
 
     Raises ValueError, before anything is unpickled, for a folder that holds more than data.
@@ -40,9 +48,10 @@ def load(folder: Path, policy: Any, optimizer: Any, schedule: Any, with_optimize
     refuse_code(folder)
     with _ordinary_errors():
         has_steps = dist_checkpointing.load_common_state_dict(str(folder))["schedule"]["num_steps"] > 0
-        wanted = _sharded_state(policy, optimizer if with_optimizer and has_steps else None, is_loading=True)
+        wanted = _sharded_state(networks, optimizer if with_optimizer and has_steps else None, is_loading=True)
         state = dist_checkpointing.load(wanted, str(folder))
-    load_policy(policy, state["model"])
+    for key, network in _by_key(networks).items():
+        load_network(network, state[key])
     if "optimizer" not in wanted:
         # In bfloat16 it trains float32 copies of its own, and would put the weights from before back.
         optimizer.reload_model_params()
@@ -68,20 +77,25 @@ def _ordinary_errors() -> Iterator[None]:
         raise RuntimeError("; ".join(reasons) or "another rank could not read or write its shards") from error
 
 
-def load_policy(policy: Any, tensors: dict[str, Any]) -> None:
+def load_network(network: Any, tensors: dict[str, Any]) -> None:
     own = {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
-    result = policy.load_state_dict(own, strict=False)
+    result = network.load_state_dict(own, strict=False)
     missing = [name for name in result.missing_keys if "_extra_state" not in name]
     if missing or result.unexpected_keys:
         raise ValueError(f"the save does not hold this model: missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}")
 
 
-def _sharded_state(policy: Any, optimizer: Any | None, is_loading: bool) -> dict[str, Any]:
-    model = policy.sharded_state_dict(prefix=_MODEL_PREFIX)
-    state: dict[str, Any] = {"model": model}
+def _by_key(networks: Sequence[Any]) -> dict[str, Any]:
+    """Virtual stages apart: each counts its layers from its own first one."""
+    return {"model" if len(networks) == 1 else f"model{stage}": network for stage, network in enumerate(networks)}
+
+
+def _sharded_state(networks: Sequence[Any], optimizer: Any | None, is_loading: bool) -> dict[str, Any]:
+    models = {key: network.sharded_state_dict(prefix=_MODEL_PREFIX) for key, network in _by_key(networks).items()}
+    state: dict[str, Any] = dict(models)
     if optimizer is not None:
         # fully_reshardable: the default of 0.16 cannot be loaded without TransformerEngine. 0.12 has no such choice.
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
         options = {} if megatron_is_0_12() else {"metadata": metadata}
-        state["optimizer"] = optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, **options)
+        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, **options)
     return state

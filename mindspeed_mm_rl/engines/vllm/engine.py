@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from mindspeed_mm_rl.config.plan import RolloutPlan
-from mindspeed_mm_rl.engines.vllm import weights
+from mindspeed_mm_rl.engines.vllm import ranks, weights
 from mindspeed_mm_rl.engines.vllm.completeness import check_complete, holds_vision
 from mindspeed_mm_rl.engines.vllm.model_class import import_model_class
 from mindspeed_mm_rl.models.families import read_architecture
@@ -31,14 +31,12 @@ class VllmRolloutEngine:
     """Implements engines.base.RolloutEngine inside the calling process, which must have been started with `rollout_env`.
 
     There are no weights until the first `receive_weights`: the folder may hold only configuration, tokenizer and processor.
+    With tensor_parallel_size > 1 it is one of as many ranks (ranks.join comes first): every call must be made on all of them, with equal
+    arguments, and every stream that is read on rank 0 must be read to its end on the others.
     """
 
     def __init__(self, plan: RolloutPlan, seed: int) -> None:
         """seed: of the run; the noise of a sample depends on it and on its sample id alone."""
-        if plan.tensor_parallel_size != 1:
-            raise ValueError(
-                f"rollout: tensor_parallel_size must be 1 here, got {plan.tensor_parallel_size}; use more rollout workers instead"
-            )
         self._plan = plan
         self._seed = seed
         self._version: int | None = None
@@ -49,6 +47,7 @@ class VllmRolloutEngine:
         import_model_class(plan.hf_path)
         self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture.vision is not None))
         weights.open_receiver(self._llm)
+        self._pace = ranks.Pace(plan)
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         """Copies the weights and drops every cache that the old ones filled.
@@ -86,13 +85,17 @@ class VllmRolloutEngine:
                 for sample_id in range(request.prompt_id * num_samples, (request.prompt_id + 1) * num_samples):
                     added.append(engine.add_request(str(sample_id), rendered, self._parameters(sample_id, sampling)))
             while engine.has_unfinished_requests():
+                groups = []
                 for output in engine.step():
                     rollout = _rollout(output, version)
                     prompt_id = rollout.sample_id // num_samples
                     group = finished[prompt_id]
                     group.append(rollout)
                     if len(group) == num_samples:
-                        yield RolloutGroup(prompt_id, lengths[prompt_id], tuple(sorted(group, key=lambda sample: sample.sample_id)))
+                        samples = tuple(sorted(group, key=lambda sample: sample.sample_id))
+                        groups.append(RolloutGroup(prompt_id, lengths[prompt_id], samples))
+                if groups and not (yield from self._pace.kept(groups)):
+                    return
             if sampling.stream:
                 # Training goes on as if nobody had asked anything in between.
                 weights.drop_caches(llm)
@@ -225,6 +228,7 @@ def _engine_arguments(plan: RolloutPlan, seed: int, has_vision: bool) -> dict[st
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
+    arguments |= ranks.engine_arguments(plan)
     return arguments | (_cpu_arguments(plan) if current_platform.is_cpu() else {}) | (_picture_arguments(plan) if has_vision else {})
 
 

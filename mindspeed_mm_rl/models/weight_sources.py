@@ -15,7 +15,7 @@ from torch import Tensor
 from mindspeed_mm_rl.models.names import PARTS, Entry, Part, Shape, canonical_hf_name, entries, has_value_head, is_buffer, sizes
 from mindspeed_mm_rl.models.rank_files import NOTHING_SAID, RankWeights, Unseen
 from mindspeed_mm_rl.models.saved_weights import SavedWeights
-from mindspeed_mm_rl.models.weight_files import INDEX_FILE, HuggingFaceWeights, WeightFolder
+from mindspeed_mm_rl.models.weight_files import INDEX_FILE, HuggingFaceWeights, WeightFolder, check_parts, recognise, role_of
 from mindspeed_mm_rl.models.weight_layout import check_hf_shapes, check_megatron_shapes, check_tied, separate_one
 
 _SCORE, _HEAD = "score.weight", "lm_head.weight"
@@ -104,18 +104,18 @@ class RankSource(RankWeights):
 class SavedSource:
     """A training save (torch_dist)."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], parts: Sequence[Part] = PARTS) -> None:
         self._weights = SavedWeights(folder)
         table = entries(config)
         try:
-            check_megatron_shapes(self._weights.shapes, config)
+            check_megatron_shapes(self._weights.shapes, config, parts)
             if set(_TIED_MM) <= self._weights.keys():
                 check_tied({name: self._weights[name] for name in _TIED_MM}, table, _TIED_MM)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
         self._entries = {name: (entry, index) for entry in table for index, name in enumerate(entry.hf)}
-        self.shapes = _wanted(table, PARTS)
-        self.parts = PARTS
+        self.shapes = _wanted(table, parts)
+        self.parts = tuple(parts)
         self._last: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -140,7 +140,14 @@ def open_source(
         case "mm" | "ranks":
             return RankSource(found.ranks, config, unseen)
         case "training":
-            return SavedSource(found.weights, config)
+            return SavedSource(found.weights, config, parts)
+
+
+def source_of(folder: str | Path, config: Mapping[str, Any], parts: Sequence[Part] = PARTS) -> HuggingFaceSource | RankSource | SavedSource:
+    """The weights of config.json's model in any kind of folder. Raises ValueError when it holds none, or those of another model."""
+    source = open_source(recognise(folder, role_of(config)), config, parts)
+    check_parts(folder, source.parts, parts)
+    return source
 
 
 def known_names(folder: Path) -> dict[str, str]:

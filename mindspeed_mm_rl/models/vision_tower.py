@@ -1,0 +1,56 @@
+"""The vision encoder and projector alone, under the names that they have inside of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+from mindspeed_mm_rl.models.families import Architecture
+from mindspeed_mm_rl.models.gpt import ModelOptions
+from mindspeed_mm_rl.models.names import Entry, Part, entries
+from mindspeed_mm_rl.models.placement import Piece
+from mindspeed_mm_rl.models.rank_pieces import Grid, GridPlace, chunk_pieces
+from mindspeed_mm_rl.models.vision import ImageEncoder, vision_config
+from mindspeed_mm_rl.types import GridTHW
+
+VISION_PARTS: tuple[Part, ...] = ("vision", "projector")
+
+
+class VisionTower(MegatronModule):
+    def __init__(self, architecture: Architecture, options: ModelOptions, freeze_vision: bool, freeze_projector: bool) -> None:
+        """Raises ValueError for a model without a vision encoder."""
+        if architecture.vision is None:
+            raise ValueError(f"a {architecture.model_type} model has no vision encoder")
+        super().__init__(config=vision_config(architecture.vision, options))
+        self.architecture = architecture
+        self.image_encoder = ImageEncoder(architecture.vision, options, freeze_vision, freeze_projector)
+
+    def encode_images(self, pixel_values: torch.Tensor, grids: Sequence[GridTHW]) -> torch.Tensor:
+        """As Network.encode_images."""
+        return self.image_encoder(pixel_values, grids)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return dict(self.named_parameters())
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """weights: of `vision_pieces` for this rank."""
+        for name, parameter in self.weights().items():
+            parameter.copy_(weights[name])
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """For megatron's dist_checkpointing; one entry per layer, as in a policy's save."""
+        return super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), "non_homogeneous_layers": True})
+
+
+def vision_entries(architecture: Architecture) -> list[Entry]:
+    return [entry for entry in entries(architecture.raw) if entry.part in VISION_PARTS]
+
+
+def vision_pieces(architecture: Architecture, tensor_rank: int, tensor_size: int) -> tuple[Piece, ...]:
+    """What one tensor-parallel rank holds."""
+    grid = Grid(((architecture.vision.num_layers,),), tensor=tensor_size)
+    return chunk_pieces(vision_entries(architecture), grid, GridPlace(tensor=tensor_rank))

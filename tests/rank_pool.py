@@ -1,0 +1,97 @@
+"""Processes that take turns at jobs: each job runs on the first few of them, as the ranks of a world of its own.
+
+A process imports torch and megatron once (some ten seconds); a job that fails or hangs is named, and takes only its own processes along.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from tests.addresses import free_address
+
+Job = Callable[..., Any]
+"""job(rank, world, address, *arguments) -> something small; a function of a module."""
+
+_GRACE_SECONDS = 5.0
+"""For the other ranks to say what they saw, once one has failed."""
+
+
+class RankPool:
+    def __init__(self, seconds: float) -> None:
+        """seconds: of one job, all ranks together."""
+        self.seconds = seconds
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, world: int, job: Job, *arguments: Any) -> list[Any]:
+        """What the ranks returned, in their order. Raises RuntimeError with the first failure, or naming the ranks that hang."""
+        while len(self._ranks) < world:
+            self._ranks.append(_started())
+        address = free_address()
+        for rank, (_, pipe) in enumerate(self._ranks[:world]):
+            pipe.send((job, rank, world, address, arguments))
+        answers, failures = self._collect(world)
+        if len(answers) == world:
+            return [answers[rank] for rank in range(world)]
+        # The ranks that are left wait for those that failed, and always will.
+        self.close()
+        silent = [rank for rank in range(world) if rank not in answers and rank not in failures]
+        told = [f"rank {rank} of {world}: {text}" for rank, text in failures.items()]
+        raise RuntimeError("\n".join([*told, f"ranks without an answer: {silent}"] if silent else told))
+
+    def _collect(self, world: int) -> tuple[dict[int, Any], dict[int, str]]:
+        answers: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        pipes = {pipe: rank for rank, (_, pipe) in enumerate(self._ranks[:world])}
+        end = time.monotonic() + self.seconds
+        while pipes and (ready := wait(list(pipes), max(0.0, end - time.monotonic()))):
+            for pipe in ready:
+                rank = pipes.pop(pipe)
+                try:
+                    good, answer = pipe.recv()
+                except EOFError:
+                    good, answer = False, "the process died"
+                (answers if good else failures)[rank] = answer
+            if failures:
+                end = min(end, time.monotonic() + _GRACE_SECONDS)
+        return answers, failures
+
+    def close(self) -> None:
+        for process, pipe in self._ranks:
+            pipe.close()
+            process.kill()
+        for process, _ in self._ranks:
+            process.join()
+        self._ranks.clear()
+
+
+def _started() -> tuple[Any, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    # Only so does a pipe end when its process does.
+    theirs.close()
+    return process, ours
+
+
+def _serve(pipe: Connection) -> None:
+    while True:
+        try:
+            job, rank, world, address, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, job(rank, world, address, *arguments)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
