@@ -74,7 +74,6 @@ def put(file: TensorFile, index: int, descriptor: int) -> None:
     pending = file.tensors[index]
     start = offset = file.offset(index)
     for part in pending.parts():
-        read_ahead(part)
         assert part.dtype == pending.dtype, pending
         content = memoryview(part.detach().contiguous().flatten().view(torch.uint8).numpy())
         file.written(index, content)

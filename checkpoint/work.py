@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from checkpoint.tensor_files import TensorFile, create, put
+from checkpoint.tensor_files import TensorFile, create, put, read_ahead
 from mindspeed_mm_rl.models.weight_sources import sound
 
 
@@ -33,10 +33,11 @@ class Work:
         self._task = self._progress.add_task(title)
 
     def watch(self, name: str, tensor: Tensor) -> Tensor:
-        """Refuses NaN, counts the bytes."""
+        """Asks for its pages, counts the bytes, refuses NaN."""
         if self._stop.is_set():
             raise Stopped
         self._progress.advance(self._task, tensor.nbytes)
+        read_ahead(tensor)
         return sound(name, tensor)
 
     @contextmanager

@@ -14,11 +14,22 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _MAX_ROWS = 12
-_EVALUATED = re.compile(r"(?P<place>eval(/.+)?)/(?P<metric>(mean|pass)@\d+)")
+_EVALUATED = re.compile(r"(?P<place>eval(/.+)?)/(?P<metric>(mean|pass)@\d+|rewards/(accuracies|margins)|loss)")
+_SHARE_OF_RIGHT = ("mean@", "rewards/accuracies")
+_LENGTH = "response_length/mean"
+_OF_PAIRS = {
+    "loss": "loss",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "logp chosen": "logps/chosen",
+    "logp reject": "logps/rejected",
+}
 
 
 def report_columns(algorithm: str) -> dict[str, str]:
     """Title -> metric name."""
+    if algorithm == "dpo":
+        return _OF_PAIRS
     return {
         "reward": "rollout/reward/mean",
         "accuracy": f"{algorithm}/accuracy/mean",
@@ -38,8 +49,9 @@ def render_table(records: Sequence[dict[str, float]], columns: dict[str, str]) -
 
 
 def evaluation_curves(records: Sequence[dict[str, float]]) -> dict[str, tuple[str, ...]]:
-    """A panel with mean@n of every data set; empty without evaluation."""
-    names = tuple(dict.fromkeys(name for record in records for name in record if _EVALUATED.fullmatch(name) and "mean@" in name))
+    """A panel with mean@n, or with the accuracy on pairs, of every data set; empty without evaluation."""
+    found = dict.fromkeys(name for record in records for name in record if _EVALUATED.fullmatch(name))
+    names = tuple(name for name in found if any(part in name for part in _SHARE_OF_RIGHT))
     return {"evaluation": names} if names else {}
 
 
@@ -51,13 +63,14 @@ def evaluation_table(records: Sequence[dict[str, float]], best: int | None) -> T
     if not evaluated:
         return None
     metrics = list(dict.fromkeys(name["metric"] for _, names in evaluated for name in names))
+    lengths = [_LENGTH] if any(name.endswith(_LENGTH) for record, _ in evaluated for name in record if name.startswith("eval/")) else []
     table = Table(title="evaluation", caption=None if best is None else f"* iteration {best} is the best save")
-    for title in ("iteration", "data set", *metrics, "length"):
+    for title in ("iteration", "data set", *metrics, *("length" for _ in lengths)):
         table.add_column(title, justify="left" if title == "data set" else "right")
     for record, names in _evenly(evaluated):
         iteration = f"{'* ' if record['iteration'] == best else ''}{record['iteration']}"
         for place in dict.fromkeys(name["place"] for name in names):
-            cells = [_cell(record.get(f"{place}/{metric}")) for metric in (*metrics, "response_length/mean")]
+            cells = [_cell(record.get(f"{place}/{metric}")) for metric in (*metrics, *lengths)]
             table.add_row(iteration, place.removeprefix("eval").removeprefix("/") or "mean of all", *cells)
     return table
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 _CONSOLE_ENDINGS = (
-    "score/mean", "accuracy/mean", "response_length/mean", "actor/entropy", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm",
-    "actor/lr", "rollout/logprob_gap/max", "train/num_gen_batches", "timing/all", "timing/rollout", "timing/update", "e2e_tps",
+    "loss", "rewards/accuracies", "rewards/margins", "score/mean", "accuracy/mean", "response_length/mean", "actor/entropy",
+    "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/lr", "rollout/logprob_gap/max", "train/num_gen_batches", "timing/all",
+    "timing/rollout", "timing/update", "e2e_tps", "samples_per_second",
 )  # fmt: skip
 """The console line has room for these; metrics.jsonl has everything."""
 _CONSOLE_IF_ANY = ("rewards/timeouts", "rewards/crashes", "eval/timeouts", "eval/crashes")
@@ -42,11 +43,18 @@ class ConsoleSink:
 
 
 def console_line(step: int, train_iters: int, values: Mapping[str, float]) -> str:
-    shown = [name for ending in _CONSOLE_ENDINGS for name in values if name == ending or name.endswith(f"/{ending}")]
-    shown += [name for name in values if name.startswith("eval/") and "@" in name]
+    shown = [
+        name for ending in _CONSOLE_ENDINGS for name in values if name == ending or name.endswith(f"/{ending}") and not _is_evaluated(name)
+    ]
+    shown += [name for name in values if _is_evaluated(name)]
     fields = [f"{name} : {values[name]:{'.4e' if name.endswith('lr') or 'gap' in name else '.4f'}}" for name in shown]
     fields += [f"{name} : {values[name]:.0f}" for name in _CONSOLE_IF_ANY if values.get(name)]
     return " | ".join([f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration: {step} / {train_iters}", *fields])
+
+
+def _is_evaluated(name: str) -> bool:
+    """Whether it says how good the policy is on data that it isn't trained on."""
+    return name.startswith("eval/") and ("@" in name or name.endswith(("rewards/accuracies", "rewards/margins", "/loss")))
 
 
 class JsonlSink:

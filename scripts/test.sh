@@ -15,6 +15,8 @@
 #                                            kills runs at random moments; about 45 s per kill, 40 by default
 #
 # Further arguments go to pytest: `bash scripts/test.sh unit -k convert --data ~/data`.
+#
+# MEGATRON_CORE  version of megatron-core to test with, installed aside; for example MEGATRON_CORE=0.12.1 (default: the locked one)
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +25,19 @@ export OMP_WAIT_POLICY=PASSIVE
 export HF_HUB_OFFLINE=1
 
 say() { echo "[test] $*"; }
+
+# Another megatron-core lies beside the environment and is found before the locked one.
+use_megatron_core() {
+    local folder
+    folder="$(realpath "$VENV")-megatron-core-$1"
+    if [ ! -d "$folder/megatron" ]; then
+        say "installing megatron-core $1 into $folder"
+        rm -rf "$folder.part"
+        "$VENV/bin/pip" install --quiet --no-deps --target "$folder.part" "megatron-core==$1"
+        mv "$folder.part" "$folder"
+    fi
+    export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}"
+}
 
 lint() { "$VENV/bin/ruff" check .; }
 unit() { OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest tests/unit -q "$@"; }
@@ -58,6 +73,7 @@ main() {
             ;;
     esac
     bash scripts/install.sh
+    [ -z "${MEGATRON_CORE:-}" ] || use_megatron_core "$MEGATRON_CORE"
     "$verb" "$@"
 }
 

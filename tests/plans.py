@@ -47,7 +47,7 @@ def train_plan(folder: Path, **changes: Any) -> TrainPlan:
         temperature=0.7,
         min_pixels=MIN_PIXELS,
         max_pixels=MAX_PIXELS,
-        recompute=False,
+        recompute=None,
         deterministic=True,
         optimizer=optimizer_plan(),
         no_load_optim=False,

@@ -13,7 +13,9 @@ _FILL = textwrap.TextWrapper(width=140, subsequent_indent=" " * 14, break_long_w
 
 def render_plan(plan: Plan) -> str:
     """One paragraph per part, every value in it, then one line per note."""
-    lines = [_part(field.name, getattr(plan, field.name)) for field in fields(plan) if is_dataclass(getattr(plan, field.name))]
+    unused = ("rollout", "reward", "recipe") if plan.preference else ()
+    names = [field.name for field in fields(plan) if field.name not in unused and is_dataclass(getattr(plan, field.name))]
+    lines = [_part(name, getattr(plan, name)) for name in names]
     lines += [_wrap("environment", ", ".join(f"{name}={value}" for name, value in plan.runtime_env))] if plan.runtime_env else []
     lines += [_wrap("note", note) for note in plan.notes]
     return "\n".join(["Plan", *lines])

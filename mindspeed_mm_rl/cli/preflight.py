@@ -11,11 +11,14 @@ from typing import Any
 
 from mindspeed_mm_rl.algorithms.filters import check_metric, metric_name
 from mindspeed_mm_rl.config.check import check_offered
-from mindspeed_mm_rl.config.plan import DataPlan, Plan
-from mindspeed_mm_rl.data.loader import PromptLoader, ScanReport
+from mindspeed_mm_rl.config.plan import DataPlan, Plan, RunPlan
+from mindspeed_mm_rl.data.loader import PromptLoader, RowLoader, ScanReport
+from mindspeed_mm_rl.data.pairs import PairLoader
 from mindspeed_mm_rl.models.families import read_architecture
+from mindspeed_mm_rl.models.names import PARTS, Part
 from mindspeed_mm_rl.models.value_weights import check_value_weights
 from mindspeed_mm_rl.models.weight_files import WeightFolder, check_weights, read_config
+from mindspeed_mm_rl.models.weight_sources import VISION_PARTS
 from mindspeed_mm_rl.rewards.model import check_folder
 from mindspeed_mm_rl.rewards.pool import check_functions
 from mindspeed_mm_rl.rewards.registry import score_names
@@ -29,7 +32,8 @@ from mindspeed_mm_rl.trainer.state import free_bytes, save_bytes, size_text
 def begin(plan: Plan, dry_run: bool) -> Start:
     """Where the run begins; a dry run changes nothing in the folder of the saves. Raises ValueError for what no input can mend."""
     check_offered(plan)
-    _rewards(plan)
+    if not plan.preference:
+        _rewards(plan)
     _output_folders(plan)
     if not Path(plan.train.hf_path).is_dir():
         raise ValueError(f"megatron_training.tokenizer_name_or_path: {plan.train.hf_path} is not a folder; give a Hugging Face folder")
@@ -46,13 +50,13 @@ def preflight(start: Start) -> Iterator[str]:
     if start.plan.run.save:
         yield _space(start.plan)
     yield _data(start)
-    yield from map(_eval_data, eval_data(start.plan))
+    yield from _eval_data(start.plan)
 
 
 def evaluation_preflight(start: Start) -> Iterator[str]:
     """As preflight, for a run that only evaluates."""
     yield _weights(start)
-    yield from map(_eval_data, eval_data(start.plan))
+    yield from _eval_data(start.plan)
 
 
 def _rewards(plan: Plan) -> None:
@@ -81,10 +85,14 @@ def _weights(start: Start) -> str:
     plan, train = start.plan, start.plan.train
     config = read_config(train.hf_path)
     read_architecture(train.hf_path)
-    found = _checked("actor_config.load" if start.save is None else str(start.save), train.load, config)
-    if plan.recipe.kl_coef and train.reference_load != train.load:
+    parts = PARTS if train.with_vision else ("text",)
+    found = _checked("actor_config.load" if start.save is None else str(start.save), train.load, config, parts)
+    if plan.needs_reference and train.reference_load != train.load:
         _checked("rl_config.integrated_mode_config.ref_model_load_path", train.reference_load, config)
     critic = "" if plan.critic is None else f"; critic: {_checked_critic(plan.critic.load, config).weights}"
+    if plan.vision is not None:
+        key = "vit_config.load" if plan.vision.load != train.load else "actor_config.load"
+        critic += f"; vision encoder: {_checked(key, plan.vision.load, config, VISION_PARTS).weights}"
     kind = {
         "hf": "Hugging Face weights",
         "mm": "mm-convert weights",
@@ -95,9 +103,9 @@ def _weights(start: Start) -> str:
     return f"weights: {kind[found.kind]} in {found.weights}{reference}{critic}"
 
 
-def _checked(key: str, folder: str, config: dict[str, Any]) -> WeightFolder:
+def _checked(key: str, folder: str, config: dict[str, Any], parts: tuple[Part, ...] = PARTS) -> WeightFolder:
     try:
-        return check_weights(folder, config)
+        return check_weights(folder, config, parts)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
 
@@ -122,11 +130,22 @@ def _space(plan: Plan) -> str:
 
 def _data(start: Start) -> str:
     plan = start.plan.data
-    with closing(PromptLoader(plan)) as loader:
+    with closing(_opened(start.plan, plan)) as loader:
         if start.save is not None:
             loader.load_state(start.contents["data"])
         report = loader.scan()
+        if start.plan.preference:
+            return f"data: {_told(report, plan)}{_epochs(start.plan.run, report)}"
         return f"data: {_told(report, plan)}{_routes(start.plan, report, has_messages=bool(loader.rows[0].messages))}"
+
+
+def _opened(plan: Plan, data: DataPlan) -> RowLoader:
+    return PairLoader(data) if plan.preference else PromptLoader(data)
+
+
+def _epochs(run: RunPlan, report: ScanReport) -> str:
+    drawn = run.train_iters * run.prompts_per_generation
+    return f"; {drawn} pairs to train on (train_iters x global_batch_size), {drawn / report.usable:.2f} epochs"
 
 
 def _routes(plan: Plan, report: ScanReport, has_messages: bool) -> str:
@@ -146,17 +165,23 @@ def _routes(plan: Plan, report: ScanReport, has_messages: bool) -> str:
     return f"; rows: {'; '.join(lines)}" if routed else ""
 
 
-def _eval_data(plan: DataPlan) -> str:
-    if Path(plan.train_path).is_dir():
+def _eval_data(plan: Plan) -> Iterator[str]:
+    return (_eval_file(data, plan) for data in eval_data(plan))
+
+
+def _eval_file(plan: DataPlan, whole: Plan) -> str:
+    key = "eval.held_out_rows" if whole.eval.held_out_rows else "eval.data_path"
+    if Path(plan.train_path).is_dir() and not whole.eval.held_out_rows:
         raise ValueError(f"eval.data_path: {plan.train_path} is a folder; name a file in it, for example {plan.train_path}/test.parquet")
     try:
-        with closing(PromptLoader(plan)) as loader:
+        with closing(_opened(whole, plan)) as loader:
             return f"evaluation: {Path(plan.train_path).name}: {_told(loader.scan(), plan)}"
     except ValueError as error:
-        raise ValueError(f"eval.data_path: {error}") from error
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _told(report: ScanReport, plan: DataPlan) -> str:
-    dropped = f", {report.too_long} too long (max_prompt_length {plan.max_prompt_length})" if report.too_long else ""
+    bound = f", seq_length {plan.max_pair_length}" if plan.max_pair_length else ""
+    dropped = f", {report.too_long} too long (max_prompt_length {plan.max_prompt_length}{bound})" if report.too_long else ""
     bad = f", {len(report.bad_rows)} bad (skip_bad_rows), the first: {report.bad_rows[0]}" if report.bad_rows else ""
     return f"{report.usable} of {report.rows} rows usable, longest prompt {report.longest_prompt} tokens{dropped}{bad}"

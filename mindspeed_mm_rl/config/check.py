@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mindspeed_mm_rl.config.layout_rules import check_rollout_layout
 from mindspeed_mm_rl.config.model_file import text_config
 from mindspeed_mm_rl.config.plan import Plan, RolloutPlan
+from mindspeed_mm_rl.config.preference import check_preference
 from mindspeed_mm_rl.config.schema import Config
 from mindspeed_mm_rl.config.stages import STAGES, has_critic
 
@@ -23,7 +25,7 @@ def check(config: Config) -> None:
     """Every rule that the configuration alone decides. Raises ValueError for the first one that is broken."""
     for rule in (
         _required, _stage, _lengths, _sequences, _sampling, _groups, _batches, _dtype, _learning_rate, _pixels, _rewards, _sources,
-        _overlong, _clip, _parallel, _critic, _evaluation, _kl_in_reward,
+        _overlong, _clip, _parallel, _critic, check_preference, _evaluation, _kl_in_reward,
     ):  # fmt: skip
         rule(config)
 
@@ -36,8 +38,6 @@ def _required(config: Config) -> None:
 
 def _stage(config: Config) -> None:
     stage = config.actor_config.stage
-    if stage not in STAGES:
-        raise ValueError(f"megatron_training.stage: {stage} isn't offered in this version; choose one of {', '.join(STAGES)}")
     given, own = config.rl_config.adv_estimator, "gae" if STAGES[stage].has_critic else "group_norm"
     if given not in (None, own):
         raise ValueError(f"rl_config.adv_estimator ({given}) must be {own} for megatron_training.stage {stage}; set it or remove it")
@@ -231,6 +231,8 @@ def _evaluation(config: Config) -> None:
     given = config.eval
     if given is None:
         return
+    if given.held_out_rows is not None:
+        return
     if not given.data_path:
         raise ValueError("eval.data_path is missing and has no default; name a file, or remove the section eval")
     if twice := [path for path in given.data_path if given.data_path.count(path) > 1]:
@@ -257,6 +259,7 @@ def _evaluation(config: Config) -> None:
 
 def check_model(plan: RolloutPlan, hf: Mapping[str, Any], on_cpu: bool) -> None:
     """What the rollout engine needs for the model of a config.json. Raises ValueError with both values."""
+    check_rollout_layout(plan, hf)
     text = text_config(hf)
     positions = text.get("max_position_embeddings")
     is_scaled = any((text.get(key) or {}).get("factor") for key in ("rope_scaling", "rope_parameters"))
@@ -269,6 +272,7 @@ def check_model(plan: RolloutPlan, hf: Mapping[str, Any], on_cpu: bool) -> None:
         return
     heads = text.get("num_key_value_heads") or text["num_attention_heads"]
     per_token = 2 * text["num_hidden_layers"] * heads * text["head_dim"] * {"float32": 4, "bfloat16": 2}[plan.dtype]
+    per_token //= min(heads, plan.tensor_parallel_size)
     needed = -(-plan.max_model_len // _KV_BLOCK_TOKENS) * _KV_BLOCK_TOKENS * per_token
     if plan.kv_cache_bytes < needed:
         raise ValueError(
@@ -284,7 +288,6 @@ def check_offered(plan: Plan) -> None:
         "actor_config.pipeline_model_parallel_size": plan.train.pipeline_parallel_size,
         "actor_config.context_parallel_size": plan.train.context_parallel_size,
         "actor_config.expert_model_parallel_size": plan.train.expert_parallel_size,
-        "generate_config.infer_tensor_parallel_size": plan.rollout.tensor_parallel_size,
     }
     if plan.critic is not None:
         layout |= {

@@ -23,8 +23,9 @@ from mindspeed_mm_rl.config.plan import (
     RunPlan,
     TrainPlan,
 )
+from mindspeed_mm_rl.config.preference import check_pair_length, preference_notes, with_pairs
 from mindspeed_mm_rl.config.schema import Config
-from mindspeed_mm_rl.config.stages import STAGES, has_critic, with_stage_defaults
+from mindspeed_mm_rl.config.stages import STAGES, has_critic, on_pairs, with_stage_defaults
 from mindspeed_mm_rl.config.vision import check_vision, vision_notes, vision_plan
 from mindspeed_mm_rl.platforms import device
 
@@ -61,7 +62,10 @@ def make_plan(config: Config) -> Plan:
     choices, vision = model_choices(config.model, hf), is_vision_model(hf, config.model)
     env = config.rl_config.runtime_env_path
     rollout = _rollout(config, hf_path, vision and choices.freeze_vision and choices.freeze_projector)
-    if hf is not None:
+    pairs = on_pairs(config.actor_config.stage)
+    if hf is not None and pairs:
+        check_pair_length(config, hf, hf_path)
+    elif hf is not None:
         check_model(rollout, hf, on_cpu=device.kind() == "cpu")
     check_vision(config, hf, vision)
     train = _train(config, hf_path, choices)
@@ -70,7 +74,7 @@ def make_plan(config: Config) -> Plan:
         if role is not None:
             check_layout(section, role, config.rl_config.actor_resource.num_npus, hf)
     workers = vision_plan(config, train, _absolute(config.vit_config.load))
-    return Plan(
+    plan = Plan(
         run=_run(config),
         train=replace(train, with_vision=workers is None),
         rollout=rollout,
@@ -78,12 +82,13 @@ def make_plan(config: Config) -> Plan:
         reward=_reward(config, vision),
         recipe=_recipe(config),
         runtime_env=read_runtime_env(env, config.folder) if env else (),
-        notes=(*config.notes, *_notes(config, vision), *vision_notes(config)),
+        notes=(*config.notes, *_notes(config, vision), *vision_notes(config), *preference_notes(config)),
         eval=_eval(config, vision),
         # One that is trained is each network's own: the workers train the actor's.
         critic=critic and replace(critic, with_vision=workers is None or not rollout.image_embeds),
         vision=workers,
     )
+    return with_pairs(plan, config, _absolute(config.actor_config.ref_model)) if pairs else plan
 
 
 def _absolute(path: str | None) -> str:
@@ -164,8 +169,7 @@ def _train(config: Config, hf_path: str, choices: ModelChoices, section: str = "
         temperature=config.generate_config.sampling_config.temperature,
         min_pixels=config.actor_config.min_pixels,
         max_pixels=config.actor_config.max_pixels,
-        recompute=(actor.recompute_granularity or choices.recompute) == "full",
-        recompute_attention=(actor.recompute_granularity or choices.recompute) == "selective",
+        recompute=actor.recompute_granularity or choices.recompute,
         deterministic=actor.npu_deterministic,
         optimizer=_optimizer(config, config.actor_config.train_iters - rl.critic_warmup),
         no_load_optim=actor.no_load_optim,

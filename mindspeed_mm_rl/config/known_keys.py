@@ -33,16 +33,17 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "use_fused_moe_token_permute_and_unpermute moe_token_dispatcher_type initial_loss_scale",
         "sequences are always packed": "variable_seq_lengths no_pad_to_seq_lengths reset_attention_mask reset_position_ids "
         "attention_mask_type pad_to_multiple_of use_remove_padding",
-        "prompts are bounded by rl_config.max_prompt_length": "seq_length",
         "the tokenizer and its chat template come from tokenizer_name_or_path": "tokenizer_type tokenizer_not_use_fast "
         "tokenizer_padding_side prompt_type prompt_type_path",
         "columns are found by name; train.parquet is used whole": "split dataset_additional_keys dataloader_type "
         "full_shuffle_instruction_dataset is_instruction_dataset",
         "chosen for the device": "distributed_backend no_shared_storage use_tp_pp_dp_mapping",
+        "a folder of weights says it": "refer_model_iter",
+        "saves are always complete": "no_save_optim no_save_rng",
         "the model file and config.json say it": "model mm_model algorithm make_vocab_size_divisible_by",
         "every iteration is logged": "log_interval log_throughput",
         "section eval says what is evaluated, and when": "eval_iters eval_interval",
-        "not part of this loop": "do_sample use_kv_cache dpo_loss_type ref_model refer_model_iter init_method_std "
+        "not part of this loop": "do_sample use_kv_cache init_method_std "
         "lora_r lora_alpha lora_ckpt_filter lora_fusion no_check_for_nan_in_loss_and_grad",
     },
     "rl_config": {
@@ -115,14 +116,11 @@ NOT_OFFERED: dict[str, dict[str, NotOffered]] = {
         "ai_framework": NotOffered(("",), "PyTorch is the framework"),
         "pretrained_checkpoint": NotOffered(("",), "use actor_config.load"),
         "load_checkpoint_loosely": NotOffered(_OFF, "convert the checkpoint so that every weight has its place"),
-        "no_save_optim": NotOffered(_OFF, "saves are always complete"),
-        "no_save_rng": NotOffered(_OFF, "saves are always complete"),
         "noop_layers": NotOffered(("",), "use num_layer_list: stages may hold different numbers of layers"),
         "lora_target_modules": NotOffered(("", []), "train all weights"),
         "skip_train": NotOffered(_OFF, "remove it"),
         "enable_high_availability": NotOffered(_OFF, "save often and start again from the last save"),
         "vocab_extra_ids": NotOffered((0,), "add the tokens to the tokenizer and the model"),
-        "is_pairwise_dataset": NotOffered(_OFF, "this version trains on prompts, not on pairs"),
     },
     "rl_config": {
         "use_integrated_worker": NotOffered((True,), "set it to true: actor, reference and rollout share the devices"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from mindspeed_mm_rl.config.layout import divisors, listed
 from mindspeed_mm_rl.config.model_file import text_config
-from mindspeed_mm_rl.config.plan import TrainPlan
+from mindspeed_mm_rl.config.plan import RolloutPlan, TrainPlan
 
 _DEVICES = "rl_config.actor_resource.num_npus"
 
@@ -138,4 +138,24 @@ def _check_context(section: str, plan: TrainPlan, text: Mapping[str, Any]) -> No
             f"{section}.context_parallel_size ({size}) must divide num_attention_heads / tensor_model_parallel_size "
             f"({text['num_attention_heads']} / {tensor} = {heads}), and divide or be a multiple of the key/value heads left ({kv_heads}), "
             f"with ulysses_cp_algo; {listed(would_do)} would do, or any size with {section}.context_parallel_algo megatron_cp_algo"
+        )
+
+
+def check_rollout_layout(plan: RolloutPlan, hf: Mapping[str, Any]) -> None:
+    """The rollout engine pads the vocabulary, and repeats key/value heads of which it has too few."""
+    size, text = plan.tensor_parallel_size, text_config(hf)
+    bounds = {name: number for name, number in _tensor_bounds(text).items() if name not in ("vocab_size", "num_key_value_heads")}
+    if num_experts(text):
+        bounds["moe_intermediate_size"] = text["moe_intermediate_size"]
+    if "vision_config" in hf and not plan.image_embeds:
+        bounds |= {f"vision_config's {name}": hf["vision_config"][name] for name in ("num_heads", "intermediate_size")}
+    kv_heads = text.get("num_key_value_heads") or size
+    broken = [f"{name} ({number})" for name, number in bounds.items() if number % size]
+    if kv_heads % size and size % kv_heads:
+        broken.append(f"num_key_value_heads ({kv_heads}; or be a multiple of it)")
+    if broken:
+        would_do = [n for n in divisors(math.gcd(*bounds.values())) if not kv_heads % n or not n % kv_heads]
+        raise ValueError(
+            f"generate_config.infer_tensor_parallel_size ({size}) must divide {' and '.join(broken)} of {plan.hf_path}/config.json; "
+            f"{listed(would_do)} would do"
         )

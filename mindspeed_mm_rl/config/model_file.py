@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
@@ -63,7 +63,7 @@ class ModelChoices:
 
     freeze_vision: bool
     freeze_projector: bool
-    recompute: str | None = None
+    recompute: Literal["full", "selective"] | None = None
     """recompute_granularity of the text decoder."""
     pipeline_num_layers: list[Any] | None = None
     """Of the text decoder: its layers by pipeline rank, or a list of such lists by virtual stage."""

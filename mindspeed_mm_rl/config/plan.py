@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
+OffloadPart = Literal["param", "grad", "optimizer", "reference"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class TrainPlan:
     """Logits are divided by it: the one policy of trainer and rollout engine."""
     min_pixels: int
     max_pixels: int
-    recompute: bool
+    recompute: Literal["full", "selective"] | None
+    """What is run again in the backward pass instead of being kept: layers, or only the attention within them; None: nothing."""
     deterministic: bool
     optimizer: OptimizerPlan
     no_load_optim: bool
@@ -78,10 +80,14 @@ class TrainPlan:
     """How attention sees whole sequences: heads are exchanged for tokens, or keys and values are collected."""
     expert_tensor_parallel_size: int = 1
     """Processes that share each expert."""
-    recompute_attention: bool = False
-    """Only the attention of each layer is run again in the backward pass; with `recompute` the whole layer is."""
     with_vision: bool = True
     """False: pictures come encoded, from workers of their own; the network has no vision encoder."""
+    rows_together: int = 1
+    """Neighbouring rows of a batch that a micro-batch never tears apart: 2 where they are pairs."""
+    offload: tuple[OffloadPart, ...] = ()
+    """What leaves the device while nobody needs it; on CPU, whose memory is one, it is only moved about."""
+    bans_markers: bool = True
+    """The rollout engine never samples image and video markers, so they have no probability; False where responses are given."""
 
     def replicas(self, world_size: int) -> int:
         """Copies of the network among so many ranks; each sees samples of its own."""
@@ -139,6 +145,10 @@ class DataPlan:
     prompt_key: str
     image_key: str
     trust_remote_code: bool
+    max_pair_length: int = 0
+    """Of preference pairs, tokens of the prompt and the longer answer; longer pairs are dropped and counted; 0 = no bound."""
+    row_slice: tuple[int | None, int | None] = (None, None)
+    """The rows that are drawn, as Python slices: (None, -50) leaves out the last 50 of the data, (-50, None) is those."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +184,15 @@ class EvalPlan:
     """Of each file; 0 = all."""
     reward: RewardPlan
     """What says right or wrong; without penalties for length."""
+    held_out_rows: int = 0
+    """Above 0: of the file in `data`, which is that of training, the last so many rows."""
 
 
 @dataclass(frozen=True)
 class RecipePlan:
-    algorithm: Literal["grpo", "dapo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gspo", "cispo", "ppo"]
+    algorithm: Literal[
+        "grpo", "dapo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gspo", "cispo", "ppo", "dpo"
+    ]
     clip_ratio_low: float
     clip_ratio_high: float
     token_level_loss: bool
@@ -205,6 +219,24 @@ class RecipePlan:
     lam: float
     advantage_whiten: bool
     cliprange_value: float
+
+
+@dataclass(frozen=True)
+class PreferencePlan:
+    """What is learned from pairs of responses."""
+
+    loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"]
+    beta: float
+    label_smoothing: float
+    simpo_gamma: float
+    pref_ftx: float
+    """Weight of the supervised term on the chosen response."""
+    cache_reference: bool
+    """True: log-probs of the reference are computed once for each pair and kept in the output folder."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss_type not in ("simpo", "orpo")
 
 
 @dataclass(frozen=True)
@@ -260,3 +292,10 @@ class Plan:
     """None: the algorithm has no critic."""
     vision: TrainPlan | None = None
     """Vision-encoder workers on the actor's devices, with a layout and weights of their own; None: the actor's first stage encodes."""
+    preference: PreferencePlan | None = None
+    """Training on pairs of responses: nothing is sampled or graded, so `rollout`, `reward` and `recipe` have no say. None: on prompts."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether frozen weights are compared with."""
+        return self.preference.needs_reference if self.preference else self.recipe.kl_coef != 0

@@ -49,7 +49,25 @@ class MegatronConfig(Section):
     tokenizer_name_or_path: str | None = None
     """Hugging Face folder of the model: config.json, tokenizer, preprocessor_config.json. It is the architecture."""
     data_path: str | None = None
-    """Parquet file, or a folder that holds train.parquet."""
+    """Parquet, jsonl or json, a folder that holds train.parquet, or the prefix of prepared columns; of dpo, with pairs."""
+    seq_length: int = Field(4096, gt=0)
+    """dpo: tokens of prompt and response, image tokens included; longer pairs are dropped and counted."""
+    is_pairwise_dataset: bool | None = None
+    """Whether rows are pairs; null = what the stage says, and it may not say anything else."""
+    dpo_loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"] = "sigmoid"
+    """dpo: loss on the pairs (algorithms/preference.py names their papers); simpo and orpo have no reference."""
+    dpo_beta: float = Field(0.1, gt=0)
+    """dpo: how strongly the policy is held near the reference; of simpo the scale of the reward, of orpo the weight of the odds ratio."""
+    dpo_label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """dpo, loss sigmoid or robust: share of pairs whose labels are taken to be the wrong way round."""
+    simpo_gamma: float = Field(0.5, ge=0)
+    """dpo, loss simpo: margin that rewards should reach."""
+    pref_ftx: float = Field(0.0, ge=0)
+    """dpo: weight of a supervised loss on the chosen responses; 0 = none."""
+    ref_model: str | None = None
+    """dpo: weights of the reference; null = rl_config.integrated_mode_config.ref_model_load_path."""
+    cache_ref_logprobs: bool = True
+    """dpo: log-probs of the reference are computed once for each pair and kept in rl_config.output; false: in every epoch anew."""
     min_pixels: int = Field(512 * 512, gt=0)
     """Pictures are enlarged to at least this many pixels."""
     max_pixels: int = Field(2048 * 2048, gt=0)
@@ -327,6 +345,8 @@ class EvalConfig(Section):
     """Responses per prompt."""
     temperature: float | None = Field(None, ge=0)
     """0 = greedy; null = greedy for one sample per prompt, sampling_config.temperature for several."""
+    held_out_rows: int | None = Field(None, gt=0)
+    """dpo, instead of data_path: the last so many rows of megatron_training.data_path, which are then not trained on."""
     max_rows: int | None = Field(None, gt=0)
     """Of each file the first so many usable rows; null = all."""
     verifier_function: tuple[str, ...] | None = None

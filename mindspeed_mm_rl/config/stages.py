@@ -24,6 +24,8 @@ class Stage:
     compares_samples: bool = True
     """True: the advantage of a sample depends on the others of its prompt, so there must be others."""
     has_critic: bool = False
+    on_pairs: bool = False
+    """True: trains on pairs of responses that are given, not on prompts."""
 
 
 _NO_KL = {"init_kl_coef": 0.0}
@@ -50,6 +52,7 @@ STAGES: dict[str, Stage] = {
         _NO_KL | {"clip_higher_enable": True, "clip_ratio_low": 1.0, "clip_ratio_high": 4.0},
         "arXiv 2506.13585; cap 5 of arXiv 2510.13786",
     ),
+    "dpo": Stage("dpo", compares_samples=False, on_pairs=True),
 }
 
 _CLIP = frozenset({"clip_ratio", "clip_higher_enable", "clip_ratio_low", "clip_ratio_high"})
@@ -57,6 +60,10 @@ _CLIP = frozenset({"clip_ratio", "clip_higher_enable", "clip_ratio_low", "clip_r
 
 def has_critic(stage: str | None) -> bool:
     return stage in STAGES and STAGES[stage].has_critic
+
+
+def on_pairs(stage: str | None) -> bool:
+    return stage in STAGES and STAGES[stage].on_pairs
 
 
 def with_stage_defaults(config: Config) -> Config:

@@ -36,7 +36,9 @@ def vision_plan(config: Config, train: TrainPlan, load: str) -> TrainPlan | None
         expert_parallel_size=1,
         expert_tensor_parallel_size=1,
         sequence_parallel=False,
-        optimizer=replace(train.optimizer, use_distributed_optimizer=vit.use_distributed_optimizer),
+        optimizer=replace(
+            train.optimizer, use_distributed_optimizer=vit.use_distributed_optimizer, overlap_grad_reduce=False, overlap_param_gather=False
+        ),
         logprob_gap_bound=0.0,
     )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindspeed_mm_rl.data.rows import Row, file_digest
+from mindspeed_mm_rl.data.rows import Row, Rows, file_digest
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -134,7 +134,18 @@ class IndexedWriter:
         self._stream.close()
 
 
-class IndexedRows:
+def open_columns(prefix: Path, names: Iterable[str]) -> dict[str, IndexedColumn]:
+    """Raises ValueError when these columns of a prefix are damaged, differ in rows or have none."""
+    columns = {name: IndexedColumn(column_name(prefix, name)) for name in names}
+    counts = {name: len(column) for name, column in columns.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"the columns of {prefix} differ in rows ({counts}): they aren't of one preparation")
+    if not all(counts.values()):
+        raise ValueError(f"the columns of {prefix} have no rows")
+    return columns
+
+
+class IndexedRows(Rows[Row]):
     """Training rows of the columns of a prefix: input_ids are prompts as they are, labels the answers as token ids.
 
     Raises ValueError at once for missing or damaged files, and for columns of supervised or preference data.
@@ -144,12 +155,7 @@ class IndexedRows:
         self._prefix, self._decode = Path(prefix), decode
         found = column_files(prefix)
         _check_names(self._prefix, found)
-        self._columns = {name: IndexedColumn(file.with_suffix("")) for name, file in found.items() if name not in _MASKS}
-        counts = {name: len(column) for name, column in self._columns.items()}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"the columns of {prefix} differ in rows ({counts}): they aren't of one preparation")
-        if not counts[PROMPT_COLUMN]:
-            raise ValueError(f"the columns of {prefix} have no rows")
+        self._columns = open_columns(self._prefix, [name for name in found if name not in _MASKS])
         self.files: tuple[Path, ...] = tuple(file for column in self._columns.values() for file in column.files)
 
     def __len__(self) -> int:
@@ -168,7 +174,6 @@ class IndexedRows:
         return Row(where, (), (), texts[ANSWER_COLUMN], texts.get(SOURCE_COLUMN, ""), extra, token_ids)
 
     def digests(self) -> dict[str, str]:
-        """File name -> sha256 of its bytes."""
         return {file.name: file_digest(file) for file in self.files}
 
     def _text(self, token_ids: np.ndarray, column: str, where: str) -> str:

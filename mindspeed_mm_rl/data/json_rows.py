@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm_rl.data.rows import ANSWER_PLACES, Row, file_digest, row_of
+from mindspeed_mm_rl.data.rows import Columns, Rows, RowT, file_digest
 
 JSON_SUFFIXES = (".jsonl", ".json")
 
@@ -27,33 +27,31 @@ def json_records(file: Path) -> Iterator[dict[str, Any]]:
                 yield _object(line, file, number)
 
 
-class JsonRows:
+class JsonRows(Rows[RowT]):
     """Rows of one file; an array is kept in memory, of lines only where they begin. Safe to index from several threads.
 
-    Raises ValueError at once for a file that holds no rows, or whose first row has no prompt or no place for an answer.
+    Raises ValueError at once for a file that holds no rows, or whose first row lacks columns.
     """
 
-    def __init__(self, file: str | Path, prompt_key: str = "prompt", image_key: str = "images") -> None:
+    def __init__(self, file: str | Path, columns: Columns[RowT]) -> None:
         file = Path(file).expanduser()
         self.files = (file,)
-        self._prompt_key, self._image_key = prompt_key, image_key
+        self._columns = columns
         self._records = list(_array(file)) if _is_array(file) else None
         self._lines = _line_starts(file) if self._records is None else array("q")
         if len(self) == 0:
             raise ValueError(f"data file {file} has no rows")
-        _check_columns(file, self._record(0), prompt_key)
+        columns.check(f"{file}: its first row", self._record(0))
 
     def __len__(self) -> int:
         return len(self._lines) // 2 if self._records is None else len(self._records)
 
-    def __getitem__(self, number: int) -> Row:
-        """Raises ValueError that names file and row when the row lacks what a prompt needs."""
+    def __getitem__(self, number: int) -> RowT:
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
-        return row_of(self._record(number), self.files[0], number, self._prompt_key, self._image_key)
+        return self._columns.row(self._record(number), self.files[0], number)
 
     def digests(self) -> dict[str, str]:
-        """File name -> sha256 of its bytes."""
         return {file.name: file_digest(file) for file in self.files}
 
     def _record(self, number: int) -> dict[str, Any]:
@@ -104,10 +102,3 @@ def _line_starts(file: Path) -> array[int]:
                 starts.extend((offset, number))
             offset += len(line)
     return starts
-
-
-def _check_columns(file: Path, record: dict[str, Any], prompt_key: str) -> None:
-    if prompt_key not in record:
-        raise ValueError(f"{file} has no column '{prompt_key}'; the columns of its first row are {', '.join(record)}")
-    if not record.keys() & {"extra_info", "reward_model", "answer"}:
-        raise ValueError(f"{file}: its first row has neither {' nor '.join(ANSWER_PLACES)}: nothing could be graded")

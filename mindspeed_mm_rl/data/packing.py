@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, max_samples: int = 0) -> list[list[int]]:
-    """Consecutive samples (so groups stay together) in bins of at most max_tokens; a longer single sample is a bin of its own.
+def micro_batches(lengths: Sequence[int], max_tokens: int, max_samples: int = 0, together: int = 1) -> list[list[int]]:
+    """Consecutive samples (so groups stay together) in bins of at most max_tokens; a longer single unit is a bin of its own.
 
     Example: micro_batches([3, 3, 5, 2], max_tokens=6) == [[0, 1], [2], [3]]
-    max_samples: bound on samples in a bin, 0 = none.
+    max_samples: bound on samples in a bin, 0 = none. together: samples of a unit, which is never torn apart.
     """
     bins: list[list[int]] = []
     tokens = 0
-    for index, length in enumerate(lengths):
-        full = not bins or tokens + length > max_tokens or (max_samples and len(bins[-1]) == max_samples)
+    for start in range(0, len(lengths), together):
+        unit = range(start, min(start + together, len(lengths)))
+        length = sum(lengths[index] for index in unit)
+        full = not bins or tokens + length > max_tokens or (max_samples and len(bins[-1]) + len(unit) > max_samples)
         if full:
             bins.append([])
             tokens = 0
-        bins[-1].append(index)
+        bins[-1] += unit
         tokens += length
     return bins
 

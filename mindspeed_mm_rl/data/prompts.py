@@ -36,7 +36,7 @@ class PromptBuilder:
             return Prompt(
                 prompt_id=-1,
                 token_ids=token_ids,
-                expanded_length=self._expanded_length(token_ids, [image.grid_thw for image in images]),
+                expanded_length=len(self._expanded(token_ids, [image.grid_thw for image in images])),
                 images=images,
                 answer=row.answer,
                 data_source=row.data_source,
@@ -49,7 +49,25 @@ class PromptBuilder:
         with naming(row.where):
             token_ids = self._token_ids(row)
             grids = [grid_of(*check_image(encoded), self._settings()) for encoded in row.images]
-            return self._expanded_length(token_ids, grids)
+            return len(self._expanded(token_ids, grids))
+
+    def expanded(self, prompt: Prompt) -> list[int]:
+        """Its token ids as the trainer reads them: every image token as often as its picture has patches after merging."""
+        return self._expanded(prompt.token_ids, [image.grid_thw for image in prompt.images])
+
+    def response(self, answer: str | tuple[int, ...]) -> list[int]:
+        """The tokens of a text and the end token, as of a rollout; prepared token ids are left as they are.
+
+        Raises ValueError for token ids that the tokenizer doesn't have, or that stand for pictures.
+        """
+        if not isinstance(answer, str):
+            return self._known(answer, "prepared response")
+        end = self.renderer.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError(f"the tokenizer of {self.renderer.folder} has no eos_token, with which every response ends")
+        with self._lock:
+            token_ids = self.renderer.tokenizer.encode(answer, add_special_tokens=False)
+        return self._known(token_ids if token_ids[-1:] == [end] else [*token_ids, end], "response")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, exactly."""
@@ -58,26 +76,27 @@ class PromptBuilder:
 
     def _token_ids(self, row: Row) -> list[int]:
         if row.token_ids is not None:
-            return self._prepared(row.token_ids)
+            return self._known(row.token_ids, "prepared prompt")
         if len(row.images) > self._max_images:
             raise ValueError(f"{len(row.images)} images, but generate_config.limit_mm_image_per_prompt is {self._max_images}; raise it")
         with self._lock:
             return self.renderer.token_ids(row.messages, len(row.images))
 
-    def _prepared(self, token_ids: Sequence[int]) -> list[int]:
+    def _known(self, token_ids: Sequence[int], name: str) -> list[int]:
         if self.renderer.image_token_id in token_ids:
-            raise ValueError(f"the prepared prompt has image tokens ({self.renderer.image_token_id}), but columns hold no pictures")
-        if (highest := max(token_ids, default=0)) >= (known := len(self.renderer.tokenizer)):
+            raise ValueError(f"the {name} has image tokens ({self.renderer.image_token_id}), but no pictures can go with it")
+        known = len(self.renderer.tokenizer)
+        if unknown := [token for token in token_ids if not 0 <= token < known]:
             raise ValueError(
-                f"the prepared prompt has token id {highest}, but the tokenizer of {self.renderer.folder} ends at {known - 1}:"
+                f"the {name} has token id {max(unknown)}, but the tokenizer of {self.renderer.folder} ends at {known - 1}:"
                 " prepare the data with the tokenizer of this model"
             )
         return list(token_ids)
 
-    def _expanded_length(self, token_ids: list[int], grids: list[GridTHW]) -> int:
+    def _expanded(self, token_ids: list[int], grids: list[GridTHW]) -> list[int]:
         if not grids:
-            return len(token_ids)
-        return len(expand_image_tokens(token_ids, grids, self.renderer.image_token_id, self._settings().merge_size))
+            return token_ids
+        return expand_image_tokens(token_ids, grids, self.renderer.image_token_id, self._settings().merge_size)
 
     def _settings(self) -> ImageSettings:
         assert self.image_settings is not None, "the renderer refuses pictures for a model without image tokens"

@@ -6,34 +6,34 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mindspeed_mm_rl.data.indexed import IndexedRows, column_files
+from mindspeed_mm_rl.data.indexed import column_files
 from mindspeed_mm_rl.data.json_rows import JSON_SUFFIXES, JsonRows
-from mindspeed_mm_rl.data.rows import ANSWER_PLACES, IMAGE_MARKER, Row, Rows, file_digest, row_of
+from mindspeed_mm_rl.data.rows import IMAGE_MARKER, Columns, Rows, RowT, file_digest
 
 _CACHE_BYTES = 512 * 2**20
 """Row groups kept in memory: shuffled rows would otherwise decompress a whole group for each row."""
 
 
-def open_rows(path: str | Path, prompt_key: str, image_key: str, decode: Callable[[Sequence[int]], str]) -> Rows:
+def open_rows(path: str | Path, columns: Columns[RowT], prepared: Callable[[Path], Rows[RowT]]) -> Rows[RowT]:
     """The rows of a file, of a folder (its train.parquet, shards, train.jsonl or train.json) or of a prefix of prepared columns.
 
-    decode: the tokenizer's, for answers that prepared columns hold as token ids. Raises ValueError for what no row can mend.
+    prepared: opens such a prefix. Raises ValueError for what no row can mend.
     """
     path = Path(path).expanduser()
     if not path.exists() and column_files(path):
-        return IndexedRows(path, decode)
+        return prepared(path)
     if path.is_dir() and not any(path.glob("train*.parquet")):
         path = next((file for suffix in JSON_SUFFIXES if (file := path / f"train{suffix}").is_file()), path)
     if path.suffix in JSON_SUFFIXES and path.is_file():
-        return JsonRows(path, prompt_key, image_key)
-    rows = ParquetRows(path, prompt_key, image_key)
+        return JsonRows(path, columns)
+    rows = ParquetRows(path, columns)
     rows.check_marked_images()
     return rows
 
@@ -55,18 +55,19 @@ def parquet_files(path: str | Path, split: str = "train") -> tuple[Path, ...]:
     raise ValueError(f"data folder {path} holds neither {split}.parquet nor {split}-*-of-*.parquet nor {split}.jsonl nor {split}.json")
 
 
-class ParquetRows:
+class ParquetRows(Rows[RowT]):
     """All rows of the files of `path`, numbered through; safe to index from several threads.
 
-    Raises ValueError at once for what no row can mend: no file, no parquet, no prompt column, no answer column, images of a wrong type.
+    Raises ValueError at once for what no row can mend: no file, no parquet, columns that are missing, images of a wrong type.
     """
 
-    def __init__(self, path: str | Path, prompt_key: str = "prompt", image_key: str = "images") -> None:
+    def __init__(self, path: str | Path, columns: Columns[RowT]) -> None:
         self.files = parquet_files(path)
-        self._prompt_key, self._image_key = prompt_key, image_key
+        self._columns = columns
         self._readers = [_open(file) for file in self.files]
         for file, reader in zip(self.files, self._readers, strict=True):
-            _check_columns(file, reader.schema_arrow, prompt_key, image_key)
+            columns.check(str(file), reader.schema_arrow.names)
+            _check_images(file, reader.schema_arrow, columns.image_key)
         # (file, row group) of each group and the number of its first row, over all files.
         self._groups = [(f, g) for f, reader in enumerate(self._readers) for g in range(reader.num_row_groups)]
         sizes = [self._readers[f].metadata.row_group(g).num_rows for f, g in self._groups]
@@ -80,29 +81,26 @@ class ParquetRows:
     def __len__(self) -> int:
         return self._first_rows[-1]
 
-    def __getitem__(self, number: int) -> Row:
-        """Raises ValueError that names file and row when the row lacks what a prompt needs."""
+    def __getitem__(self, number: int) -> RowT:
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         group = bisect_right(self._first_rows, number) - 1
         table = self._group(group)
         record = table.slice(number - self._first_rows[group], 1).to_pylist()[0]
         file = self.files[self._groups[group][0]]
-        return row_of(record, file, number - self._first_of_file[self._groups[group][0]], self._prompt_key, self._image_key)
+        return self._columns.row(record, file, number - self._first_of_file[self._groups[group][0]])
 
     def check_marked_images(self) -> None:
         """Raises ValueError when prompts mark pictures and their file has no column for them. Reads the prompts of such files alone."""
+        prompt_key, image_key = self._columns.prompt_key, self._columns.image_key
         for file, reader in zip(self.files, self._readers, strict=True):
-            if self._image_key in reader.schema_arrow.names:
+            if image_key in reader.schema_arrow.names or prompt_key not in reader.schema_arrow.names:
                 continue
-            for number, prompt in enumerate(reader.read(columns=[self._prompt_key])[self._prompt_key].to_pylist()):
+            for number, prompt in enumerate(reader.read(columns=[prompt_key])[prompt_key].to_pylist()):
                 if IMAGE_MARKER in str(prompt):
-                    raise ValueError(
-                        f"{file} has no column '{self._image_key}', but its prompts have {IMAGE_MARKER} markers (row {number})"
-                    )
+                    raise ValueError(f"{file} has no column '{image_key}', but its prompts have {IMAGE_MARKER} markers (row {number})")
 
     def digests(self) -> dict[str, str]:
-        """File name -> sha256 of its bytes."""
         return {file.name: file_digest(file) for file in self.files}
 
     def _group(self, group: int) -> pa.Table:
@@ -112,8 +110,7 @@ class ParquetRows:
                 return self._cache[group]
             file, row_group = self._groups[group]
             reader = self._readers[file]
-            wanted = (self._prompt_key, self._image_key, "extra_info", "reward_model", "answer", "data_source", "videos")
-            columns = [name for name in wanted if name in reader.schema_arrow.names]
+            columns = [name for name in self._columns.names if name in reader.schema_arrow.names]
             try:
                 table = reader.read_row_group(row_group, columns=columns)
             except (pa.ArrowException, OSError) as error:
@@ -131,24 +128,9 @@ def _open(file: Path) -> pq.ParquetFile:
         raise ValueError(f"{file} is not a readable parquet file ({error})") from error
 
 
-def _check_columns(file: Path, schema: pa.Schema, prompt_key: str, image_key: str) -> None:
-    if prompt_key not in schema.names:
-        raise ValueError(
-            f"{file} has no column '{prompt_key}'; its columns are {', '.join(schema.names)}:"
-            " raw data sets are made into training rows by the scripts of examples/rl/data_preprocess"
-        )
-    answers = _has_field(schema, "extra_info", "answer") or _has_field(schema, "reward_model", "ground_truth") or "answer" in schema.names
-    if not answers:
-        raise ValueError(f"{file} has neither {' nor '.join(ANSWER_PLACES)}: nothing could be graded")
+def _check_images(file: Path, schema: pa.Schema, image_key: str) -> None:
     if image_key in schema.names and not _holds_images(schema.field(image_key).type):
         raise ValueError(f"{file}: column '{image_key}' must be a list of {{bytes, path}}, not {schema.field(image_key).type}")
-
-
-def _has_field(schema: pa.Schema, column: str, name: str) -> bool:
-    if column not in schema.names:
-        return False
-    kind = schema.field(column).type
-    return pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
 
 
 def _holds_images(kind: pa.DataType) -> bool:

@@ -54,7 +54,8 @@ class TrainEngine(Protocol):
     def step(self, grad_norm: float) -> dict[str, float]:
         """The rest of it; grad_norm: over all networks that are clipped together."""
 
-    def publish_weights(self) -> WeightHandle: ...
+    def publish_weights(self, nodes: Sequence[str]) -> WeightHandle | None:
+        """On all ranks at once. nodes: of all ranks. The handle for readers on this rank's node comes from one rank of each node."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -84,7 +85,8 @@ class TrainedVisionEngine(VisionEngine, Protocol):
     def step(self, grad_norm: float) -> dict[str, float]:
         """Of the optimizer; grad_norm: over all networks that are clipped together."""
 
-    def publish_weights(self) -> WeightHandle: ...
+    def publish_weights(self, nodes: Sequence[str]) -> WeightHandle | None:
+        """On all ranks at once. nodes: of all ranks. The handle for readers on this rank's node comes from one rank of each node."""
 
 
 class CriticEngine(Protocol):

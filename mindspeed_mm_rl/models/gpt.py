@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -32,8 +32,8 @@ class ModelOptions:
     """How a model is laid out and run, whatever its architecture. Example: ModelOptions(dtype=torch.bfloat16)."""
 
     dtype: torch.dtype = torch.float32
-    recompute: bool = False
-    """Keep only the input of each layer and run the layer again in the backward pass."""
+    recompute: Literal["full", "selective"] | None = None
+    """What is run again in the backward pass: layers, of which only the input is kept, or only the attention within them."""
     deterministic: bool = False
     grid: Grid | None = None
     """None: one process has the whole network."""
@@ -75,7 +75,9 @@ def transformer_config(options: ModelOptions, **shape: Any) -> TransformerConfig
     """What the text decoder and the vision encoder share. Fused kernels are off: they need CUDA extensions."""
     if options.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype {options.dtype} is not offered; float32 and bfloat16 are")
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if options.recompute else {}
+    recompute = {"recompute_granularity": options.recompute}
+    if options.recompute == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     arguments = {
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
@@ -158,7 +160,9 @@ class DecoderLayers(TransformerBlock):
             replace_prefix_for_sharding(own, f"{prefix}layers.{local}.", f"{prefix}layers.{number}.")
             state |= own
         if self.final_layernorm is not None:
-            state |= sharded_state_dict_default(self.final_layernorm, f"{prefix}final_layernorm.", (), metadata)
+            # 0.16 takes every tensor-parallel rank for the first one unless it is told the group.
+            told = supported_arguments(sharded_state_dict_default, {"tp_group": parallel_state.get_tensor_model_parallel_group()})
+            state |= sharded_state_dict_default(self.final_layernorm, f"{prefix}final_layernorm.", (), metadata, **told)
         return state
 
 

@@ -124,6 +124,8 @@ class Network(MegatronModule):
         if layout.share is not None:
             tokens, is_image, number = (column[layout.share.own] for column in (tokens, is_image, number))
         embeddings = self.text_decoder.embed(tokens)
+        if image_features is None and self.image_encoder is not None and torch.is_grad_enabled():
+            image_features = self.image_encoder.no_features()
         if image_features is None:
             return embeddings
         slots = is_image.nonzero()[:, 0]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm_rl.models.names import OUTPUT_LAYER, entries, sizes, with_value_head
+from mindspeed_mm_rl.models.names import OUTPUT_LAYER, sizes, with_value_head
 from mindspeed_mm_rl.models.placement import Piece
 from mindspeed_mm_rl.models.rank_files import open_ranks
 from mindspeed_mm_rl.models.rank_pieces import Grid, GridPlace, chunk_pieces, grid_entries, read_pieces
 from mindspeed_mm_rl.models.saved_weights import METADATA_FILE
 from mindspeed_mm_rl.models.weight_files import ACTOR_FOLDER, CRITIC_FOLDER, WeightFolder, check_weights, open_weights, recognise
-from mindspeed_mm_rl.models.weight_sources import Source, source_of
+from mindspeed_mm_rl.models.weight_sources import VISION_PARTS, Source, different_vision, source_of
 
 _HF_HEAD = "score.weight"
 
@@ -56,16 +56,15 @@ def check_value_weights(folder: str | Path, config: Mapping[str, Any]) -> Weight
 def check_same_vision(critic: str | Path, actor: str | Path, config: Mapping[str, Any]) -> None:
     """A frozen vision encoder runs once for actor and critic, so it must be the same in both. Raises ValueError.
 
-    Of a training save, as `critic` its critic is meant, as `actor` its actor.
+    Of a training save, as `critic` its critic is meant, as `actor` its actor; a folder of the encoder alone will do for the latter.
     """
     found, has_head = _found(critic)
-    own, others = source_of(found, with_value_head(config) if has_head else config), source_of(actor, config)
-    for entry in entries(config):
-        if entry.part != "text" and not all(torch.equal(own[name], others[name]) for name in entry.hf):
-            raise ValueError(
-                f"the vision encoder is frozen, but {entry.mm} in {critic} differs from that in "
-                f"actor_config.load ({actor}): give a critic with the same vision encoder, or set freeze: false in the model file"
-            )
+    own = source_of(found, with_value_head(config) if has_head else config, VISION_PARTS)
+    if name := different_vision(own, source_of(actor, config, VISION_PARTS), config):
+        raise ValueError(
+            f"the vision encoder is frozen, but {name} in {critic} differs from that in "
+            f"{actor}: give a critic with the same vision encoder, or set freeze: false in the model file"
+        )
 
 
 def _found(folder: str | Path) -> tuple[Path, bool]:

@@ -161,10 +161,24 @@ class ImageEncoder(MegatronModule):
         if tuple(pixel_values.shape) != expected:
             raise ValueError(f"pixel_values of grids {list(grids)} must have shape {expected}, got {tuple(pixel_values.shape)}")
         layout = vision_layout(tuple(tuple(grid) for grid in grids), self.vision, pixel_values.device)
-        trained = any(parameter.requires_grad for parameter in self.parameters())
+        trained = bool(self._trained())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             patches = self.encoder(pixel_values, layout, self.vision.merge_size)
             return self.projector(patches)[layout.inverse]
+
+    def no_features(self) -> torch.Tensor | None:
+        """[0, text hidden] that depends on every trained parameter; None where none is trained.
+
+        Megatron's overlap_grad_reduce waits for a gradient of each of them from every micro-batch, also from one without pictures.
+        """
+        trained = self._trained()
+        if not trained:
+            return None
+        nothing = torch.stack([parameter.flatten()[:0].sum() for parameter in trained]).sum()
+        return nothing.expand(0, self.vision.out_hidden_size)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
 def vision_config(vision: VisionArchitecture, options: ModelOptions) -> TransformerConfig:

@@ -10,13 +10,12 @@ from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm_rl.models.families import Architecture
 from mindspeed_mm_rl.models.gpt import ModelOptions
-from mindspeed_mm_rl.models.names import Entry, Part, entries
+from mindspeed_mm_rl.models.names import Entry, entries
 from mindspeed_mm_rl.models.placement import Piece
 from mindspeed_mm_rl.models.rank_pieces import Grid, GridPlace, chunk_pieces
 from mindspeed_mm_rl.models.vision import ImageEncoder, vision_config
+from mindspeed_mm_rl.models.weight_sources import VISION_PARTS
 from mindspeed_mm_rl.types import GridTHW
-
-VISION_PARTS: tuple[Part, ...] = ("vision", "projector")
 
 
 class VisionTower(MegatronModule):

@@ -18,6 +18,7 @@ from mindspeed_mm_rl.models.saved_weights import SavedWeights
 from mindspeed_mm_rl.models.weight_files import INDEX_FILE, HuggingFaceWeights, WeightFolder, check_parts, recognise, role_of
 from mindspeed_mm_rl.models.weight_layout import check_hf_shapes, check_megatron_shapes, check_tied, separate_one
 
+VISION_PARTS: tuple[Part, ...] = ("vision", "projector")
 _SCORE, _HEAD = "score.weight", "lm_head.weight"
 _TIED = ("model.embed_tokens.weight", _HEAD)
 _TIED_MM = ("text_decoder.embedding.word_embeddings.weight", "text_decoder.output_layer.weight")
@@ -148,6 +149,12 @@ def source_of(folder: str | Path, config: Mapping[str, Any], parts: Sequence[Par
     source = open_source(recognise(folder, role_of(config)), config, parts)
     check_parts(folder, source.parts, parts)
     return source
+
+
+def different_vision(left: Source, right: Source, config: Mapping[str, Any]) -> str:
+    """Megatron name of the first weight in which the vision encoders of two models of one config.json differ; empty if in none."""
+    wanted = (entry for entry in entries(config) if entry.part in VISION_PARTS)
+    return next((entry.mm for entry in wanted if not all(torch.equal(left[name], right[name]) for name in entry.hf)), "")
 
 
 def known_names(folder: Path) -> dict[str, str]:

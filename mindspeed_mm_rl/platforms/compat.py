@@ -34,6 +34,14 @@ def megatron_is_0_12() -> bool:
     return installed_version("megatron-core") < (0, 13)
 
 
+def tell_virtual_stage(virtual: int) -> None:
+    """0.12 asks a global variable which virtual stage a network is built for; later versions are told by an argument."""
+    if megatron_is_0_12():
+        from megatron.core import parallel_state
+
+        parallel_state.set_virtual_pipeline_model_parallel_rank(virtual)
+
+
 def supported_arguments(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that this version of `function` takes. Use it only for those that one of the versions lacks by design."""
     parameters = inspect.signature(function).parameters

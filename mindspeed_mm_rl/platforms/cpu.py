@@ -49,6 +49,10 @@ _FACTORIES = [
 ]
 
 
+def host_memory(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
 def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -72,10 +76,13 @@ def adapt_megatron() -> None:
     with _without_compile():
         import megatron.core  # noqa: F401
         from megatron.core.optimizer import distrib_optimizer
+        from megatron.core.tensor_parallel import mappings
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
     # The "GPU" generator is the CPU's own here: megatron's warning that the CPU's moved while it drew from the GPU's is always true.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     _adapt_experts(moe_utils, token_dispatcher)
+    _adapt_uneven_collectives()
+    _adapt_uneven_parts(mappings)
     _adapt_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
     if compat.megatron_is_0_12():
         _repair_0_12(distrib_optimizer)
@@ -242,6 +249,55 @@ def _adapt_experts(*modules: Any) -> None:
             module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
         # 0.16 binds this name only where Transformer Engine is installed, and reads it everywhere.
         vars(module).setdefault("te_general_gemm", None)
+
+
+def _adapt_uneven_parts(mappings: Any) -> None:
+    """gloo collects and scatters equal parts only. Processes that share experts and each of them have unequal numbers of tokens; between
+    any two of them gloo exchanges what they like."""
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_any(part: torch.Tensor, group: Any = None, output_split_sizes: Any = None, *rest: Any, **named: Any) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(part, group, output_split_sizes, *rest, **named)
+        ranks, sizes = group.size(), [int(size) for size in output_split_sizes]
+        whole = part.new_empty((sum(sizes), *part.shape[1:]))
+        torch.distributed.all_to_all_single(whole, torch.cat([part] * ranks), sizes, [len(part)] * ranks, group=group)
+        return whole
+
+    def reduce_scatter_any(whole: torch.Tensor, group: Any = None, input_split_sizes: Any = None, *rest: Any, **named: Any) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(whole, group, input_split_sizes, *rest, **named)
+        ranks, sizes = group.size(), [int(size) for size in input_split_sizes]
+        parts = whole.new_empty((ranks * sizes[group.rank()], *whole.shape[1:]))
+        torch.distributed.all_to_all_single(parts, whole.contiguous(), [sizes[group.rank()]] * ranks, sizes, group=group)
+        return parts.view(ranks, -1, *whole.shape[1:]).sum(0) if len(parts) else parts
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any
+
+
+def _adapt_uneven_collectives() -> None:
+    """gloo gathers and scatters parts of one size alone, but the ranks that share an expert bring as many tokens as chose it."""
+    all_gather, reduce_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    @functools.wraps(all_gather)
+    def gather(parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        longest = max(len(part) for part in parts)
+        if all(len(part) == longest for part in parts):
+            return all_gather(parts, own, group=group, async_op=async_op)
+        padded = [part.new_empty(longest, *part.shape[1:]) for part in parts]
+        all_gather(padded, torch.cat([own, own.new_zeros(longest - len(own), *own.shape[1:])]), group=group)
+        for part, whole in zip(parts, padded, strict=True):
+            part.copy_(whole[: len(part)])
+
+    @functools.wraps(reduce_scatter)
+    def scatter(own: torch.Tensor, parts: list[torch.Tensor], *arguments: Any, group: Any = None, **named: Any) -> Any:
+        if all(len(part) == len(own) for part in parts):
+            return reduce_scatter(own, parts, *arguments, group=group, **named)
+        whole = torch.cat(parts)
+        torch.distributed.all_reduce(whole, *arguments, group=group)
+        own.copy_(whole.split([len(part) for part in parts])[torch.distributed.get_rank(group)])
+
+    torch.distributed.all_gather, torch.distributed.reduce_scatter = gather, scatter
 
 
 def _adapt_distributed_optimizer(optimizer: Any) -> None:

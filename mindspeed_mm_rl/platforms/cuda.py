@@ -11,6 +11,10 @@ def adapt_megatron() -> None:
     """megatron-core is written for CUDA: nothing to adapt."""
 
 
+def host_memory(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
 def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,

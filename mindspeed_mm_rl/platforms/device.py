@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import random
-import resource
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mindspeed_mm_rl.platforms import cpu, cuda, env, npu
+from mindspeed_mm_rl.platforms import cpu, cuda, env, npu, processes
 from mindspeed_mm_rl.platforms.packed_sdpa import Segments
 
 Kind = Literal["cpu", "cuda", "npu"]
@@ -64,10 +63,21 @@ def empty_cache() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Most device memory allocated so far; on CPU the peak resident set of the process."""
+    """Most memory that this process had allocated on the device since `reset_peak_memory`; on CPU its largest resident set."""
+    return processes.peak_resident_bytes() if kind() == "cpu" else _runtime().max_memory_allocated()
+
+
+def reset_peak_memory() -> None:
+    """The peak begins anew from what is allocated now."""
     if kind() == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return _runtime().max_memory_allocated()
+        processes.reset_peak_resident()
+    else:
+        _runtime().reset_peak_memory_stats()
+
+
+def host_memory(num_bytes: int) -> torch.Tensor:
+    """uint8, for copies to and from the device that don't wait (pinned); on CPU memory like any other."""
+    return _platform().host_memory(num_bytes)
 
 
 def collective_backend() -> Literal["gloo", "nccl", "hccl"]:

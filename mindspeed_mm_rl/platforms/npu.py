@@ -22,6 +22,10 @@ def adapt_megatron() -> None:
         raise ValueError("training on NPU needs MindSpeed (branch core_r0.12.1): install it, see requirements/npu.txt") from error
 
 
+def host_memory(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8).pin_memory()
+
+
 def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,

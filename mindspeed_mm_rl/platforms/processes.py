@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -19,6 +20,8 @@ _PROC = Path("/proc")
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 """Reading /proc raises these when the process has ended meanwhile or is somebody else's."""
 _LOOK_SECONDS = 0.2
+_ONLY_THE_PEAK = "5"
+"""What clear_refs is to clear, see proc(5)."""
 
 
 def of_run(marker: str) -> list[int]:
@@ -71,6 +74,19 @@ def memory_kills() -> int | None:
     except _GONE:
         return None
     return int(counters["oom_kill"]) if "oom_kill" in counters else None
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident set of this process since `reset_peak_resident`, pages that it shares with others included."""
+    sizes = dict(line.split(":", 1) for line in (_PROC / "self/status").read_text().splitlines())
+    # Some sandboxes don't keep the peak.
+    return int(sizes.get("VmHWM", sizes["VmRSS"]).split()[0]) * 1024
+
+
+def reset_peak_resident() -> None:
+    """Where the kernel has no such reset, the peak stays that of the process's whole life."""
+    with contextlib.suppress(OSError):
+        (_PROC / "self/clear_refs").write_text(_ONLY_THE_PEAK)
 
 
 def remove_ray_session(folder: Path) -> None:

@@ -1,14 +1,15 @@
-"""Groups -> the columns of a batch, and a batch -> its mini-batches."""
+"""Groups, or pairs, -> the columns of a batch, and a batch -> its mini-batches."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from mindspeed_mm_rl.config.plan import RunPlan
 from mindspeed_mm_rl.data.images import expand_image_tokens
+from mindspeed_mm_rl.data.pairs import Pair
 from mindspeed_mm_rl.models.families import Architecture
 from mindspeed_mm_rl.types import Batch, Group, Ragged
 
@@ -27,6 +28,24 @@ def to_batch(groups: list[Group], architecture: Architecture) -> Batch:
         image_keys=tuple(tuple(image.key for image in group.prompt.images) for group in groups for _ in group.rollouts),
         rewards=tuple(reward for group in groups for reward in group.rewards),
         samples_per_prompt=len(groups[0].rollouts),
+    )
+
+
+def batch_of_pairs(pairs: Sequence[Pair]) -> Batch:
+    """Two samples for each pair, the chosen response first."""
+    responses = Ragged.from_rows([torch.tensor(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)], torch.int64)
+    # Columns that only sampled responses have.
+    nothing = Ragged(torch.zeros(len(responses.values)), responses.lengths)
+    return Batch(
+        sample_ids=tuple(2 * pair.pair_id + k for pair in pairs for k in range(2)),
+        prompts=Ragged.from_rows([ids for pair in pairs for ids in [torch.tensor(pair.prompt_ids)] * 2], torch.int64),
+        responses=responses,
+        loss_mask=Ragged(torch.ones(len(responses.values)), responses.lengths),
+        rollout_logprobs=nothing,
+        image_keys=tuple(tuple(image.key for image in pair.images) for pair in pairs for _ in range(2)),
+        rewards=(1.0, 0.0) * len(pairs),
+        samples_per_prompt=2,
+        advantages=nothing,
     )
 
 

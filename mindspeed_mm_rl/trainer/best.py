@@ -34,4 +34,11 @@ def remembered_best(contents: Mapping[str, Any], now: EvalPlan | None) -> Best |
 
 def _measure(plan: Mapping[str, Any]) -> list[Any]:
     """What decides the values; tuples are lists in JSON."""
-    return [list(plan["data"]), plan["samples_per_prompt"], plan["temperature"], plan["max_rows"], list(plan["reward"]["verifiers"])]
+    return [
+        list(plan["data"]),
+        plan["samples_per_prompt"],
+        plan["temperature"],
+        plan["max_rows"],
+        list(plan["reward"]["verifiers"]),
+        plan.get("held_out_rows", 0),
+    ]

@@ -29,14 +29,25 @@ _STREAM = "evaluation"
 
 
 def without_training(plan: Plan) -> Plan:
-    """The weights of actor_config.load as they are: nothing is trained, continued or saved."""
+    """The weights of actor_config.load as they are: nothing is trained, continued or saved.
+
+    Raises ValueError where they would be compared with themselves.
+    """
+    if plan.preference and plan.needs_reference and plan.train.reference_load == plan.train.load:
+        raise ValueError(
+            f"megatron_training.ref_model is missing: {plan.preference.loss_type} compares actor_config.load ({plan.train.load}) with a "
+            "reference; give the weights that training began with"
+        )
     run = replace(plan.run, train_iters=0, save="", resume="off")
     return replace(plan, run=run, train=replace(plan.train, finetune=True), recipe=replace(plan.recipe, kl_coef=0.0), critic=None)
 
 
 def eval_data(plan: Plan) -> list[DataPlan]:
     """How each file is read: as training reads its own, in file order."""
-    return [replace(plan.data, train_path=path, shuffle=False) for path in plan.eval.data] if plan.eval else []
+    if plan.eval is None:
+        return []
+    rows = (-plan.eval.held_out_rows, None) if plan.eval.held_out_rows else (None, None)
+    return [replace(plan.data, train_path=path, shuffle=False, row_slice=rows) for path in plan.eval.data]
 
 
 def file_labels(paths: tuple[str, ...]) -> list[str]:
@@ -123,10 +134,14 @@ class Evaluator:
             return {}
         values, plan = self.evaluate(), self.state.plan
         if plan.run.saves_after(iteration):
-            metric = deciding_metric(values, plan.eval.samples_per_prompt)
+            metric = self._decides(values)
             now = Best(iteration, metric, values[metric])
             self.state.best = self.state.best.or_better(now) if self.state.best else now
         return values
+
+    def _decides(self, values: dict[str, float]) -> str:
+        """The metric by which a save is the best."""
+        return deciding_metric(values, self.state.plan.eval.samples_per_prompt)
 
     def evaluate(self) -> dict[str, float]:
         """Metric names as they are logged. Raises ValueError when a file has no usable row."""

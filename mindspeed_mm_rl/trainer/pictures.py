@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mindspeed_mm_rl.data.pairs import Pair
 from mindspeed_mm_rl.types import ImageInput, Prompt
 from mindspeed_mm_rl.workers.encoding import Encoder
 
@@ -27,7 +28,7 @@ class SharedPictures:
     def num_distinct(self) -> int:
         return len(self._table_of)
 
-    def of(self, prompts: Sequence[Prompt]) -> list[Any]:
+    def of(self, prompts: Sequence[Prompt | Pair]) -> list[Any]:
         """Object refs of the tables that hold these prompts' pictures: ImageFeatures, or ImageInput without an encoder."""
         distinct = {image.key: image for prompt in prompts for image in prompt.images}
         unseen = {key: image for key, image in distinct.items() if key not in self._table_of}

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import Plan
-from mindspeed_mm_rl.models.saved_weights import METADATA_FILE
+from mindspeed_mm_rl.models.saved_weights import METADATA_FILE, VISION_FOLDER
 from mindspeed_mm_rl.models.value_weights import check_same_vision
 from mindspeed_mm_rl.models.weight_digest import weight_digest
 from mindspeed_mm_rl.models.weight_files import CRITIC_FOLDER, WeightFolder, read_config, recognise
+from mindspeed_mm_rl.models.weight_sources import VISION_PARTS, different_vision, source_of
 from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, TRACKER, SaveFolder, check_whole
 
 _REFERENCE_KEY = "rl_config.integrated_mode_config.ref_model_load_path"
@@ -25,7 +26,7 @@ _DIGITS_SHOWN = 12
 
 @dataclass(frozen=True)
 class Reference:
-    """Weights of the KL term. Example: Reference("/ckpt/mm/release", "5f0c...")."""
+    """Weights that the policy is compared with. Example: Reference("/ckpt/mm/release", "5f0c...")."""
 
     path: str
     digest: str
@@ -48,7 +49,7 @@ class Start:
     contents: dict[str, Any] = field(default_factory=dict)
     """state.json of the save."""
     reference: Reference | None = None
-    """None without a KL term."""
+    """None where the policy isn't compared with any."""
     notes: tuple[str, ...] = ()
     """What a user should see of the decision, a sentence each."""
 
@@ -67,7 +68,7 @@ class Start:
 def start_of(plan: Plan) -> Start:
     """Decides, and checks what was decided. Reads only.
 
-    Raises ValueError when a save that is asked for isn't whole, and when a KL term is on whose reference isn't known or has changed.
+    Raises ValueError when a save that is asked for isn't whole, and when a reference is needed that isn't known or has changed.
     """
     save, passed_over = _chosen(plan)
     notes = tuple(f"passed over: {reason}" for reason in passed_over)
@@ -75,7 +76,7 @@ def start_of(plan: Plan) -> Start:
         if _training_save(plan.train.load) is not None:
             _whole("actor_config.load", plan.train.load)
         _check_critic(plan)
-        start = Start(plan, notes=notes)
+        start = Start(plan, notes=(*notes, *_vision_notes(plan)))
     else:
         contents = check_whole(save)
         # With finetune these are left out of actor_config.load; a run that is started again goes on with all of its own.
@@ -84,14 +85,18 @@ def start_of(plan: Plan) -> Start:
         iteration = int(contents["iteration"])
         said = f"continuing {save} after iteration {iteration}"
         critic = None if plan.critic is None else replace(plan.critic, load=_critic_of(save, contents), **whole)
-        changed = replace(plan, train=train, critic=critic)
+        _check_placement(save, contents, plan)
+        vision = None if plan.vision is None else replace(plan.vision, load=str(save / VISION_FOLDER), **whole)
+        changed = replace(plan, train=train, critic=critic, vision=vision)
         if not _shared_vision(contents):
             _check_critic(changed)
         start = Start(changed, save, iteration, contents, notes=(*notes, said))
-    if start.is_finished or not plan.recipe.kl_coef:
+    if start.is_finished or not plan.needs_reference:
         return start
     reference = _reference(plan, start)
-    return replace(start, reference=reference, plan=replace(start.plan, train=replace(start.plan.train, reference_load=reference.path)))
+    train = replace(start.plan.train, reference_load=reference.path)
+    vision = start.plan.vision and replace(start.plan.vision, reference_load=reference.path)
+    return replace(start, reference=reference, plan=replace(start.plan, train=train, vision=vision))
 
 
 def _critic_of(save: Path, contents: dict[str, Any]) -> str:
@@ -115,13 +120,49 @@ def _check_critic(plan: Plan) -> None:
     critic = plan.critic
     if critic is None or not (critic.freeze_vision and critic.freeze_projector):
         return
+    shared = (plan.vision or plan.train).load
     # Of a training save the one begins as its critic, the other as its actor.
-    if critic.load == plan.train.load and _training_save(critic.load) is None:
+    if critic.load == shared and _training_save(critic.load) is None:
         return
     try:
-        check_same_vision(critic.load, plan.train.load, read_config(critic.hf_path))
+        check_same_vision(critic.load, shared, read_config(critic.hf_path))
     except ValueError as error:
         raise ValueError(f"critic_config.load: {error}") from error
+
+
+def _check_placement(save: Path, contents: dict[str, Any], plan: Plan) -> None:
+    """A save is continued with the vision encoder where it was: its optimizer is part of the network that it is in."""
+    was_apart = f"{VISION_FOLDER}/{METADATA_FILE}" in contents["files"]
+    if was_apart != (plan.vision is not None):
+        was, now = (str(value).lower() for value in (was_apart, not was_apart))
+        raise ValueError(
+            f"{save} was written with rl_config.colocate_actor_and_vit={was}, but this run has {now}: set it to {was}, or begin a new run "
+            "with its weights (actor_config.finetune=true, and an actor_config.save of its own)"
+        )
+
+
+def _vision_notes(plan: Plan) -> tuple[str, ...]:
+    """Of a new run with vision workers. Raises ValueError where the policy would be compared with another encoder's."""
+    vision, train = plan.vision, plan.train
+    if vision is None:
+        return ()
+    config, is_given = read_config(train.hf_path), train.reference_load != train.load
+    own = source_of(vision.load, config, VISION_PARTS)
+
+    def differs_from(load: str) -> str:
+        return "" if load == vision.load else different_vision(own, source_of(load, config, VISION_PARTS), config)
+
+    # A frozen encoder serves the reference too; one that is trained has a reference of its own, which the user may choose.
+    is_compared = plan.needs_reference and is_given == plan.rollout.image_embeds
+    if is_compared and (name := differs_from(train.reference_load)):
+        key = _REFERENCE_KEY if is_given else "actor_config.load"
+        raise ValueError(
+            f"{name} of the vision encoder in {vision.load} differs from that in {train.reference_load} ({key}), with which the policy "
+            f"is compared: give a reference with the same vision encoder in {_REFERENCE_KEY}, or take none (rl_config.init_kl_coef=0)"
+        )
+    if differs_from(train.load):
+        return (f"the vision encoder is that of vit_config.load ({vision.load}); actor_config.load ({train.load}) holds another one",)
+    return ()
 
 
 def _chosen(plan: Plan) -> tuple[Path | None, list[str]]:
@@ -206,8 +247,8 @@ def _reference(plan: Plan, start: Start) -> Reference:
     if recorded is None:
         if not given and not base:
             raise ValueError(
-                f"a KL term is on and {start.save} doesn't say what its reference is: give the weights that training began with in "
-                f"{_REFERENCE_KEY}"
+                f"the policy is compared with a reference, but {start.save} doesn't say which: give the weights that training began with "
+                f"in {_REFERENCE_KEY}"
             )
         return _digested(_REFERENCE_KEY if given else "actor_config.load", given or base, train.hf_path)
     if not given:

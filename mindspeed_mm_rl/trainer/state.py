@@ -16,9 +16,10 @@ from typing import Any
 
 from mindspeed_mm_rl.algorithms.kl import KLController
 from mindspeed_mm_rl.config.plan import Plan, TrainPlan
-from mindspeed_mm_rl.data.loader import PromptLoader
-from mindspeed_mm_rl.models.names import entries, with_value_head
+from mindspeed_mm_rl.data.loader import RowLoader
+from mindspeed_mm_rl.models.names import PARTS, Part, entries, with_value_head
 from mindspeed_mm_rl.models.weight_files import read_config
+from mindspeed_mm_rl.models.weight_sources import VISION_PARTS
 from mindspeed_mm_rl.trainer.best import Best, remembered_best
 from mindspeed_mm_rl.trainer.resume import Start
 from mindspeed_mm_rl.trainer.save_folder import SaveFolder, write_state
@@ -40,7 +41,7 @@ class RunState:
     def plan(self) -> Plan:
         return self.start.plan
 
-    def save(self, trainers: Mapping[str, TrainGroup], loader: PromptLoader, kl: KLController) -> Path:
+    def save(self, trainers: Mapping[str, TrainGroup], loader: RowLoader, kl: KLController) -> Path:
         """Returns the folder. trainers: by their folder in the save.
 
         Raises RuntimeError, and leaves the earlier saves as they are, when the save cannot be written.
@@ -55,7 +56,7 @@ class RunState:
         saves.remove_old(self.plan.run.keep_last, self.best.iteration if self.best else None)
         return saves.path_of(self.iteration)
 
-    def _contents(self, loader: PromptLoader, kl: KLController) -> dict[str, Any]:
+    def _contents(self, loader: RowLoader, kl: KLController) -> dict[str, Any]:
         return {
             "iteration": self.iteration,
             "written": time.time(),
@@ -77,7 +78,7 @@ class RunState:
             cause = _cause(error, saves.root, save_bytes(self.plan), free)
             raise RuntimeError(f"iteration {self.iteration} could not be saved: {cause}") from error
 
-    def resume(self, trainers: Mapping[str, TrainGroup], loader: PromptLoader, kl: KLController) -> None:
+    def resume(self, trainers: Mapping[str, TrainGroup], loader: RowLoader, kl: KLController) -> None:
         """Continues from the save of `start`; without one there is nothing to do."""
         self.best = remembered_best(self.start.contents, self.plan.eval)
         if self.plan.run.save:
@@ -98,15 +99,21 @@ class RunState:
 def save_bytes(plan: Plan) -> int:
     """About what one save takes: weights, and per trained weight the optimizer's two moments (and its float32 copy of the weight)."""
     config = read_config(plan.train.hf_path)
-    critic = 0 if plan.critic is None else _network_bytes(plan.critic, with_value_head(config))
-    return _network_bytes(plan.train, config) + critic
+    critic = 0 if plan.critic is None else _network_bytes(plan.critic, with_value_head(config), _parts(plan.critic))
+    vision = 0 if plan.vision is None else _network_bytes(plan.vision, config, VISION_PARTS)
+    return _network_bytes(plan.train, config, _parts(plan.train)) + critic + vision
 
 
-def _network_bytes(train: TrainPlan, config: Mapping[str, Any]) -> int:
+def _parts(train: TrainPlan) -> tuple[Part, ...]:
+    return PARTS if train.with_vision else ("text",)
+
+
+def _network_bytes(train: TrainPlan, config: Mapping[str, Any], parts: tuple[Part, ...]) -> int:
     width = {"float32": 4, "bfloat16": 2}[train.dtype]
     optimizer = 8 if train.dtype == "float32" and not train.optimizer.use_distributed_optimizer else 12
     frozen = {"vision": train.freeze_vision, "projector": train.freeze_projector, "text": False}
-    return sum(math.prod(entry.mm_shape) * (width + (0 if frozen[entry.part] else optimizer)) for entry in entries(config))
+    held = [entry for entry in entries(config) if entry.part in parts]
+    return sum(math.prod(entry.mm_shape) * (width + (0 if frozen[entry.part] else optimizer)) for entry in held)
 
 
 def free_bytes(folder: Path) -> int:

@@ -143,9 +143,10 @@ class ActorGroup(TrainGroup):
         return self._all("update", lambda worker, _: worker.step.remote(grad_norm))[-1]
 
     def publish_weights(self) -> NodeHandles:
-        """Data-parallel ranks hold the same weights, so the first one writes them."""
-        writer = self.members[0]
-        return {writer.node: answers([Call(writer, writer.actor.publish_weights.remote())], self.timeout, "weight push")[0]}
+        """Returns when the buffers of all nodes are whole."""
+        nodes = [member.node for member in self.members]
+        handles = self._all("weight push", lambda worker, _: worker.publish_weights.remote(nodes))
+        return {node: handle for node, handle in zip(nodes, handles, strict=True) if handle is not None}
 
 
 class CriticGroup(TrainGroup):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import Plan
@@ -112,8 +112,18 @@ class _Share:
         return None
 
     def late(self) -> list[Call]:
-        about = f"{numbered('prompts', sorted(self.unfinished))} unfinished"
+        about = f"{numbered('prompts', sorted(self.unfinished))} unfinished" if self.unfinished else ""
         return [Call(call.member, call.ref, about) for call in self._calls.values()]
+
+
+def dealt(requests: Sequence[RolloutRequest], max_tokens: int, replicas: int) -> list[list[RolloutRequest]]:
+    """Requests of each replica, balanced by prompt and longest response.
+
+    What is known of the responses' lengths is the same for all prompts, so that a better guess would only move the weight of prompts; and a
+    mean of those before would be state that a resumed run lacks.
+    """
+    shares = balanced_shares([request.expanded_length + max_tokens for request in requests], replicas)
+    return [[requests[i] for i in share] for share in shares]
 
 
 class RolloutGroupStream:
@@ -133,6 +143,10 @@ class RolloutGroupStream:
     def workers(self) -> list[Any]:
         return [worker for replica in self._replicas for worker in replica.workers]
 
+    @property
+    def members(self) -> list[Member]:
+        return [member for replica in self._replicas for member in replica.members]
+
     def ready(self) -> None:
         for replica in self._replicas:
             replica.ready()
@@ -146,8 +160,8 @@ class RolloutGroupStream:
 
         sampling = sampling or self._training
         doing = sampling.stream or "rollout"
-        dealt = zip(self._replicas, self._dealt(requests), strict=True)
-        shares = [_Share(replica, own, images, sampling) for replica, own in dealt if own]
+        shares_of = dealt(requests, self.plan.rollout.max_tokens, len(self._replicas))
+        shares = [_Share(replica, own, images, sampling) for replica, own in zip(self._replicas, shares_of, strict=True) if own]
         while shares:
             pending = {ref: share for share in shares for ref in share.pending}
             done, _ = ray.wait(list(pending), num_returns=1, timeout=_LOOK_SECONDS)
@@ -168,12 +182,6 @@ class RolloutGroupStream:
                     shares.remove(share)
             self.while_waiting(doing)
             self._check_progress(shares, doing)
-
-    def _dealt(self, requests: list[RolloutRequest]) -> list[list[RolloutRequest]]:
-        """Requests of each replica. The response is counted as long as it may get: what is known of its length is the same for all prompts,
-        and a mean of those before would make the deal depend on where a run was resumed."""
-        expected = [request.expanded_length + self.plan.rollout.max_tokens for request in requests]
-        return [[requests[i] for i in share] for share in balanced_shares(expected, len(self._replicas))]
 
     def _check_progress(self, shares: list[_Share], doing: str) -> None:
         """A replica that is stopped, or hangs, says nothing."""
@@ -197,7 +205,7 @@ class RolloutGroupStream:
         return count
 
     def peak_memory(self) -> int:
-        calls = [Call(member, member.actor.peak_memory.remote()) for replica in self._replicas for member in replica.members]
+        calls = [Call(member, member.actor.peak_memory.remote()) for member in self.members]
         return sum(answers(calls, self.timeout, "memory report"))
 
     def _replace(self, replica: Replica, death: WorkerDied) -> Replica:

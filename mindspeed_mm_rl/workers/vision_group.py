@@ -35,7 +35,7 @@ class VisionGroup(TrainGroup):
 
 class TrainedVisionGroup(VisionGroup):
     def __init__(self, slots: placement.Slots, plan: Plan) -> None:
-        TrainGroup.__init__(self, slots, plan, TrainedVisionWorker, plan.vision, with_reference=plan.recipe.kl_coef != 0)
+        TrainGroup.__init__(self, slots, plan, TrainedVisionWorker, plan.vision, with_reference=plan.needs_reference)
 
     def ref_encode(self, images: dict[str, ImageInput]) -> EncodedTables:
         return encoding.encode(self.members, self.train, images, self.timeout, verb="ref_encode")

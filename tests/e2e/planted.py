@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle, read_views
+from mindspeed_mm_rl.weights.host import WeightHandle, open_views
 from mindspeed_mm_rl.workers.actor import ActorWorker
 from mindspeed_mm_rl.workers.critic import CriticWorker
 from mindspeed_mm_rl.workers.rollout import RolloutWorker
+from tests.host_weights import fill, new_buffer
 
 WITNESS = "PLANTED_WITNESS"
 """Environment variable of the workers: the file in which WatchedActor says what it saw."""
@@ -28,10 +29,10 @@ class PerturbedRollout(RolloutWorker):
         super().receive_weights(handle if policy_version == 0 else self._perturbed(handle), policy_version)
 
     def _perturbed(self, handle: WeightHandle) -> WeightHandle:
-        tensors = [(name, view * 3 if name == PERTURBED else view) for name, view in read_views(handle)]
+        tensors = [(name, view * 3 if name == PERTURBED else view) for name, view in open_views(handle)]
         assert PERTURBED in dict(tensors)
-        self.buffer = HostBuffer((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
-        return self.buffer.write(tensors)
+        self.buffer = new_buffer(tensors)
+        return fill(self.buffer, tensors)
 
 
 class StaleCacheRollout(RolloutWorker):

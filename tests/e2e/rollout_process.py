@@ -22,6 +22,15 @@ def _ready() -> None:
     pass
 
 
+def _join(address: str, rank: int, size: int) -> None:
+    from torch.distributed import TCPStore
+
+    from mindspeed_mm_rl.engines.vllm import ranks
+
+    host, port = address.split(":")
+    ranks.join(TCPStore(host, int(port), size, is_master=rank == 0, wait_for_workers=False), rank, size, timeout_seconds=60.0)
+
+
 def _build(name: str, plan: RolloutPlan, seed: int) -> None:
     from mindspeed_mm_rl.engines.vllm.engine import VllmRolloutEngine
 
@@ -73,6 +82,10 @@ class RolloutProcess:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+    def join(self, address: str, rank: int, size: int) -> None:
+        """Before `build` of an engine that is spread over `size` processes."""
+        self._pool.submit(_join, address, rank, size).result()
 
     def build(self, name: str, plan: RolloutPlan, seed: int) -> None:
         self._pool.submit(_build, name, plan, seed).result()

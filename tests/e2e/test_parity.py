@@ -76,7 +76,7 @@ def world(tiny_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
             group.ready()
         distinct: dict[str, ImageInput] = {image.key: image for prompt in prompts for image in prompt.images}
         pixels = ray.put(distinct)
-        yield World(actor, rollouts, prompts, pixels, actor.encode(distinct)[0], tiny_vl)
+        yield World(actor, rollouts, prompts, pixels, actor.encode(distinct).tables()[0], tiny_vl)
     finally:
         placement.stop()
 

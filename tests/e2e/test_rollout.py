@@ -17,6 +17,7 @@ from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.types import BAN_BIAS, ImageFeatures, ImageInput, Images, RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle
 from tests.e2e.rollout_process import RolloutProcess
+from tests.host_weights import fill, new_buffer
 
 TEMPERATURE = 0.7
 SIZES = [(112, 84), (56, 56), (224, 112), (140, 196)]
@@ -143,9 +144,8 @@ _kept_buffers: list[HostBuffer] = []
 
 
 def _handle(tensors: list[tuple[str, torch.Tensor]]) -> WeightHandle:
-    buffer = HostBuffer((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
-    _kept_buffers.append(buffer)
-    return buffer.write(tensors)
+    _kept_buffers.append(new_buffer(tensors))
+    return fill(_kept_buffers[-1], tensors)
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +175,11 @@ def test_logprobs_equal_hugging_face_at_the_start_and_after_each_of_three_pushes
     requests = trainer.requests()
     assert [request.expanded_length > 128 for request in requests] == [True, False, False, False, True, False]
     tensors = trainer.tensors(vision=engine == PIXELS)
-    buffer = HostBuffer((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
+    buffer = new_buffer(tensors)
     for version in range(4):
-        process.receive(engine, buffer.write(tensors), version)
+        process.receive(engine, fill(buffer, tensors), version)
         # A reader that kept an alias of the shared memory would now sample nonsense.
-        buffer.write((name, torch.full_like(tensor, 9.0)) for name, tensor in tensors)
+        fill(buffer, [(name, torch.full_like(tensor, 9.0)) for name, tensor in tensors])
         groups = process.generate(engine, requests, _pictures(trainer, engine), num_samples=2)
         assert trainer.gap(requests, groups) < 1e-4
         assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {version}

@@ -31,12 +31,26 @@ def run(rank: int, world: int, address: str, plan: TrainPlan, reference: Path) -
         process_groups.destroy()
 
 
-def _forward_backward(plan: TrainPlan, reference: Path, is_reference: bool) -> tuple[dict[int, list[float]], dict[str, float]]:
+def save(rank: int, world: int, address: str, plan: TrainPlan, folder: Path) -> None:
+    """The weights as a training save has them."""
+    from mindspeed_mm_rl.platforms import device
+
+    device.adapt_megatron()
+    from mindspeed_mm_rl.engines.megatron import process_groups, saves
+
+    process_groups.initialize(plan, rank, world, address)
+    try:
+        saves.save_weights(folder, [_policy(plan)[0]])
+    finally:
+        process_groups.destroy()
+
+
+def _policy(plan: TrainPlan) -> tuple[Any, Any]:
+    """With its weights, and the pieces of all weights that it has."""
     from mindspeed_mm_rl.engines.megatron import process_groups
     from mindspeed_mm_rl.models.families import read_architecture
     from mindspeed_mm_rl.models.qwen2_5_vl import build_policy
     from mindspeed_mm_rl.models.rank_pieces import chunk_pieces, grid_entries, read_pieces
-    from mindspeed_mm_rl.models.weight_layout import to_hf
     from mindspeed_mm_rl.models.weight_sources import HuggingFaceSource
 
     architecture = read_architecture(plan.hf_path)
@@ -44,10 +58,18 @@ def _forward_backward(plan: TrainPlan, reference: Path, is_reference: bool) -> t
     pieces = chunk_pieces(grid_entries(architecture.raw, grid), grid, process_groups.grid_place())
     policy = build_policy(architecture, grid=grid, sequence_parallel=plan.sequence_parallel)
     policy.load_weights(read_pieces(HuggingFaceSource(Path(plan.hf_path), architecture.raw), pieces))
+    return policy, pieces
+
+
+def _forward_backward(plan: TrainPlan, reference: Path, is_reference: bool) -> tuple[dict[int, list[float]], dict[str, float]]:
+    from mindspeed_mm_rl.models.rank_pieces import read_pieces
+    from mindspeed_mm_rl.models.weight_layout import to_hf
+
+    policy, pieces = _policy(plan)
     logprobs, gradients = _gradients(policy, plan)
     if is_reference:
         whole = {name: gradients.get(name, torch.zeros_like(tensor)) for name, tensor in policy.weights().items()}
-        torch.save(dict(to_hf(whole, architecture.raw)), reference)
+        torch.save(dict(to_hf(whole, policy.architecture.raw)), reference)
     expected = read_pieces(torch.load(reference, weights_only=True), pieces)
     assert {name for name in expected if name not in gradients} == {name for name in expected if name.endswith("expert_bias")}
     return logprobs, {name: _relative(gradient, expected[name]) for name, gradient in gradients.items()}

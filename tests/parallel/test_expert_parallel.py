@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.expert_ranks import LENGTHS, run
+from mindspeed_mm_rl.models.weight_files import read_config
+from mindspeed_mm_rl.models.weight_sources import HuggingFaceSource, SavedSource
+from tests.parallel.expert_ranks import LENGTHS, run, save
 from tests.plans import train_plan
 from tests.rank_pool import RankPool
 from tests.tiny import make_tiny_text
@@ -50,3 +52,14 @@ def test_ranks_equal_one_process(pool: RankPool, alone: tuple[Path, Path, torch.
     torch.testing.assert_close(torch.cat([torch.tensor(logprobs[row]) for row in range(len(LENGTHS))]), expected, atol=1e-5, rtol=0)
     worst = max(((off, weight) for _, errors in answers for weight, off in errors.items()), default=(0.0, ""))
     assert worst[0] <= 1e-5, worst
+
+
+@pytest.mark.parametrize("name", ["EP2", "TP2+SP, experts cut", "TP2+SPxEP2"])
+def test_a_save_has_every_expert_under_its_number(pool: RankPool, alone: tuple[Path, Path, torch.Tensor], name: str, tmp_path: Path):
+    """Read by one process: what one layout writes is whole for every other."""
+    world, layout = LAYOUTS[name]
+    pool.run(world, save, train_plan(alone[0], **layout), tmp_path)
+    config = read_config(alone[0])
+    saved, written = SavedSource(tmp_path, config), HuggingFaceSource(alone[0], config)
+    assert saved.shapes == written.shapes
+    assert all(torch.equal(saved[tensor], written[tensor]) for tensor in written.shapes)

@@ -21,7 +21,7 @@ FLOORS = (
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # The engines fill and read the host buffer themselves: a weight is never copied on the way.
-ALLOWED_UP = {("engines", "weights.host")}
+ALLOWED_UP = {("engines", "weights.host"), ("engines", "weights.push")}
 CHECKPOINT_MAY_IMPORT = ("config.model_file",) + tuple(
     f"models.{module}"
     for module in (

@@ -164,11 +164,6 @@ RULES = {
 }
 
 NOT_OFFERED = {
-    "megatron_training.stage=dpo": (
-        "megatron_training.stage: dpo isn't offered in this version; choose one of "
-        "ray_grpo, ray_dapo, ray_ppo, ray_dr_grpo, ray_rloo, ray_reinforce_plus_plus, "
-        "ray_reinforce_plus_plus_baseline, ray_gspo, ray_cispo"
-    ),
     "generate_config.sampling_config.top_k=50": (
         "generate_config.sampling_config.top_k: 50 isn't offered in this version; set it to -1: the loss needs the distribution that was "
         "sampled from, whole"

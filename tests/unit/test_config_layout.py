@@ -105,10 +105,10 @@ def test_processes_that_share_the_experts_and_each_of_them(tmp_path, keys, exper
 def test_switches_of_a_layout_reach_the_plan(tmp_path):
     overlap = "use_distributed_optimizer=true overlap_grad_reduce=true overlap_param_gather=true"
     plan = plan_of(tmp_path, DENSE, 2, f"{TP}=2 sequence_parallel=true recompute_granularity=selective {overlap}").train
-    assert (plan.sequence_parallel, plan.recompute, plan.recompute_attention) == (True, False, True)
+    assert (plan.sequence_parallel, plan.recompute) == (True, "selective")
     assert (plan.optimizer.overlap_grad_reduce, plan.optimizer.overlap_param_gather) == (True, True)
     of_model_file = plan_of(tmp_path, DENSE, 1, "", "model={text_decoder: {recompute_granularity: selective}}").train
-    assert (of_model_file.recompute, of_model_file.recompute_attention) == (False, True)
+    assert of_model_file.recompute == "selective"
 
 
 def test_the_critic_has_a_layout_of_its_own(tmp_path):

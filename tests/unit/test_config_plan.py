@@ -65,9 +65,9 @@ def test_text_yamls_have_the_settings_that_users_know(name):
         train.pipeline_parallel_size, run.num_devices, rollout.tensor_parallel_size, plan.data.max_prompt_length, rollout.max_tokens,
         *plan.reward.verifiers, plan.recipe.kl_coef,
     )  # fmt: skip
-    assert (train.optimizer.lr, train.recompute, run.on_policy) == (1e-6, True, True)
+    assert (train.optimizer.lr, train.recompute, run.on_policy) == (1e-6, "full", True)
     if plan.critic is not None:
-        assert (plan.critic.optimizer.lr, plan.critic.tensor_parallel_size, plan.critic.recompute, plan.recipe.lam) == (5e-6, 8, True, 1.0)
+        assert (plan.critic.optimizer.lr, plan.critic.tensor_parallel_size, plan.critic.recompute, plan.recipe.lam) == (5e-6, 8, "full", 1.0)
 
 
 @pytest.mark.parametrize("text", [USERS_DAPO, USERS_RESUME])
@@ -214,7 +214,6 @@ def test_text_and_pictures_have_their_own_default_reward(tmp_path):
 
 BROKEN_RULES = [
     (["megatron_training.train_iters=null"], "megatron_training.train_iters is missing"),
-    (["megatron_training.stage=dpo"], "stage: dpo isn't offered"),
     (["megatron_training.stage=ray_ppo", "rl_config.use_kl_in_reward=true"], r"use_kl_in_reward \(true\) needs rl_config.init_kl_coef > 0"),
     (["rl_config.use_kl_in_reward=true"], "ray_dapo has no KL term; set use_kl_in_reward to false"),
     (["rl_config.adv_estimator=gae"], r"adv_estimator \(gae\) must be group_norm for megatron_training.stage ray_dapo"),

@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "rl" / "data_preprocess"))
 import gsm8k  # noqa: E402
 
+from mindspeed_mm_rl.data.rows import PromptColumns  # noqa: E402
 from mindspeed_mm_rl.data.sources import ParquetRows  # noqa: E402
 from mindspeed_mm_rl.rewards.math import math_17k_acc_score  # noqa: E402
 
@@ -30,7 +31,7 @@ def converted(folder: Path, *more: str, suffix: str = ".jsonl") -> ParquetRows:
     else:
         pq.write_table(pa.Table.from_pylist(ROWS), source)
     assert gsm8k.main(["--local_data", str(source), "--output", str(folder / "out" / "train.parquet"), *more]) == 0
-    return ParquetRows(folder / "out")
+    return ParquetRows(folder / "out", PromptColumns())
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mindspeed_mm_rl.data.chat import ChatRenderer, content_parts
-from mindspeed_mm_rl.data.sources import ParquetRows, file_digest, parquet_files
+from mindspeed_mm_rl.data.rows import PromptColumns, file_digest
+from mindspeed_mm_rl.data.sources import ParquetRows, parquet_files
 from tests.data_files import make_hf_folder, png, row, write_rows
 
 
@@ -24,11 +25,15 @@ def renderer(hf_folder):
     return ChatRenderer(hf_folder)
 
 
+def prompt_rows(path):
+    return ParquetRows(path, PromptColumns())
+
+
 def test_rows_in_any_order_over_groups_and_files(tmp_path):
     for shard in range(2):
         rows = [row(answer=str(10 * shard + i)) for i in range(5)]
         write_rows(tmp_path / f"train-0000{shard}-of-00002.parquet", rows, rows_per_group=2)
-    rows = ParquetRows(tmp_path)
+    rows = prompt_rows(tmp_path)
     assert len(rows) == 10
     assert [rows[i].answer for i in (9, 0, 4, 5, 2)] == ["14", "0", "4", "10", "2"]
     assert rows[6].where.endswith("train-00001-of-00002.parquet, row 1")
@@ -38,7 +43,7 @@ def test_rows_in_any_order_over_groups_and_files(tmp_path):
 
 def test_row_contents(tmp_path):
     images = [png(28, 28, 1), png(28, 56, 2)]
-    rows = ParquetRows(write_rows(tmp_path / "train.parquet", [row("<image>and<image>", images)]))
+    rows = prompt_rows(write_rows(tmp_path / "train.parquet", [row("<image>and<image>", images)]))
     assert rows[0].images == tuple(images)
     assert rows[0].messages == ({"role": "user", "content": "<image>and<image>"},)
     assert rows[0].data_source == "hiyouga/geometry3k"
@@ -51,7 +56,7 @@ def test_images_may_be_files_beside_the_parquet(tmp_path):
     (tmp_path / "pictures" / "a.png").write_bytes(png(28, 28))
     by_path = row(images=[]) | {"images": [{"bytes": None, "path": "pictures/a.png"}]}
     gone = row(images=[]) | {"images": [{"bytes": None, "path": "pictures/b.png"}]}
-    rows = ParquetRows(write_rows(tmp_path / "train.parquet", [by_path, gone]))
+    rows = prompt_rows(write_rows(tmp_path / "train.parquet", [by_path, gone]))
     assert rows[0].images == (png(28, 28),)
     with pytest.raises(ValueError, match=r"train.parquet, row 1: image file .*b.png does not exist"):
         rows[1]
@@ -61,46 +66,46 @@ def test_answer_falls_back_to_the_reward_model_column(tmp_path):
     with_extra = row(answer="7")
     without = row() | {"extra_info": {"split": "train", "index": 0, "answer": None, "question": ""}}
     missing = row(answer=" ")
-    rows = ParquetRows(write_rows(tmp_path / "train.parquet", [with_extra, without, missing]))
+    rows = prompt_rows(write_rows(tmp_path / "train.parquet", [with_extra, without, missing]))
     assert rows[0].answer == "7"
     assert rows[1].answer == "5"
     with pytest.raises(ValueError, match=r"train.parquet, row 2: the answer is missing"):
         rows[2]
-    only_reward = ParquetRows(write_rows(tmp_path / "b.parquet", [row()], drop=("extra_info",)))
+    only_reward = prompt_rows(write_rows(tmp_path / "b.parquet", [row()], drop=("extra_info",)))
     assert only_reward[0].answer == "5"
     with pytest.raises(ValueError, match=r"c.parquet has neither extra_info.answer nor reward_model.ground_truth"):
-        ParquetRows(write_rows(tmp_path / "c.parquet", [row()], drop=("extra_info", "reward_model")))
+        prompt_rows(write_rows(tmp_path / "c.parquet", [row()], drop=("extra_info", "reward_model")))
 
 
 def test_prompts_without_pictures_need_no_images_column(tmp_path):
-    text = ParquetRows(write_rows(tmp_path / "text.parquet", [row("2 + 3?", [])], drop=("images",)))
+    text = prompt_rows(write_rows(tmp_path / "text.parquet", [row("2 + 3?", [])], drop=("images",)))
     text.check_marked_images()
     assert text[0].images == ()
-    marked = ParquetRows(write_rows(tmp_path / "marked.parquet", [row("2 + 3?", []), row()], drop=("images",)))
+    marked = prompt_rows(write_rows(tmp_path / "marked.parquet", [row("2 + 3?", []), row()], drop=("images",)))
     with pytest.raises(ValueError, match=r"marked.parquet has no column 'images', but its prompts have <image> markers .row 1."):
         marked.check_marked_images()
 
 
 def test_unusable_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere.parquet does not exist"):
-        ParquetRows(tmp_path / "nowhere.parquet")
+        prompt_rows(tmp_path / "nowhere.parquet")
     with pytest.raises(ValueError, match="holds neither train.parquet"):
-        ParquetRows(tmp_path)
+        prompt_rows(tmp_path)
     (tmp_path / "noise.parquet").write_bytes(b"noise")
     with pytest.raises(ValueError, match="noise.parquet is not a readable parquet file"):
-        ParquetRows(tmp_path / "noise.parquet")
-    with pytest.raises(ValueError, match="has no column 'question'.*its columns are data_source, prompt"):
-        ParquetRows(write_rows(tmp_path / "a.parquet", [row()]), prompt_key="question")
+        prompt_rows(tmp_path / "noise.parquet")
+    with pytest.raises(ValueError, match="has no column 'question'; the columns are data_source, prompt"):
+        ParquetRows(write_rows(tmp_path / "a.parquet", [row()]), PromptColumns("question"))
     with pytest.raises(ValueError, match="column 'images' must be a list of {bytes, path}, not list<"):
-        ParquetRows(write_rows(tmp_path / "b.parquet", [row() | {"images": ["a.png"]}]))
+        prompt_rows(write_rows(tmp_path / "b.parquet", [row() | {"images": ["a.png"]}]))
     empty = pa.Table.from_pylist([row()]).slice(0, 0)
     pq.write_table(empty, tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="empty.parquet has no rows"):
-        ParquetRows(tmp_path / "empty.parquet")
+        prompt_rows(tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="row 0: column 'prompt' must be a list of {role, content} messages"):
-        ParquetRows(write_rows(tmp_path / "c.parquet", [row() | {"prompt": "Find x."}]))[0]
+        prompt_rows(write_rows(tmp_path / "c.parquet", [row() | {"prompt": "Find x."}]))[0]
     with pytest.raises(ValueError, match="row 0: column 'videos' is not empty"):
-        ParquetRows(write_rows(tmp_path / "d.parquet", [row() | {"videos": ["a.mp4"]}]))[0]
+        prompt_rows(write_rows(tmp_path / "d.parquet", [row() | {"videos": ["a.mp4"]}]))[0]
 
 
 def test_a_folder_prefers_the_whole_file(tmp_path):

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from mindspeed_mm_rl.platforms import device
-from mindspeed_mm_rl.platforms.packed_sdpa import packed_sdpa
+from mindspeed_mm_rl.platforms.packed_sdpa import Segments, packed_sdpa
 
 LENGTHS = (5, 1, 40, 42, 41, 5, 130, 44)
+
+
+def whole(*lengths: int) -> Segments:
+    return Segments.of(lengths, lengths, torch.device("cpu"))
 
 
 def heads(tokens: int, seed: int, kv_heads: int = 2) -> tuple[torch.Tensor, ...]:
@@ -34,7 +38,7 @@ def written_out(query, key, value, lengths: tuple[int, ...], causal: bool, scale
 def test_equals_the_written_out_softmax(lengths: tuple[int, ...], causal: bool, kv_heads: int):
     ours, theirs = heads(sum(lengths), 0, kv_heads), heads(sum(lengths), 0, kv_heads)
     weight = torch.randn(sum(lengths), 4, 32, generator=torch.Generator().manual_seed(1))
-    output = packed_sdpa(*ours, lengths, causal, 0.2)
+    output = packed_sdpa(*ours, whole(*lengths), causal, 0.2)
     expected = written_out(*theirs, lengths, causal, 0.2)
     torch.testing.assert_close(output, expected.float(), atol=2e-6, rtol=0)
     (output * weight).sum().backward()
@@ -45,10 +49,10 @@ def test_equals_the_written_out_softmax(lengths: tuple[int, ...], causal: bool, 
 
 def test_other_sequences_of_the_pack_do_not_matter():
     query, key, value = (tensor.detach() for tensor in heads(sum(LENGTHS), 0))
-    before = packed_sdpa(query, key, value, LENGTHS, True, 0.2)
+    before = packed_sdpa(query, key, value, whole(*LENGTHS), True, 0.2)
     changed = value.clone()
     changed[6:46] += 100.0
-    after = packed_sdpa(query, key, changed, LENGTHS, True, 0.2)
+    after = packed_sdpa(query, key, changed, whole(*LENGTHS), True, 0.2)
     assert torch.equal(before[:6], after[:6]) and torch.equal(before[46:], after[46:])
     assert (before[6:46] - after[6:46]).abs().min() > 1.0
 
@@ -57,15 +61,24 @@ def test_later_tokens_do_not_matter_when_causal():
     query, key, value = (tensor.detach() for tensor in heads(9, 0))
     changed = value.clone()
     changed[5:] += 1.0
-    before, after = (packed_sdpa(query, key, each, (9,), True, 0.2) for each in (value, changed))
+    before, after = (packed_sdpa(query, key, each, whole(9), True, 0.2) for each in (value, changed))
     assert torch.equal(before[:5], after[:5])
     assert not torch.equal(before[5:], after[5:])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_rear_of_a_sequence_attends_to_all_of_it(causal: bool):
+    query, key, value = heads(16, 0)
+    expected = written_out(query, key, value, (9, 7), causal, 0.2)
+    segments = Segments.of((4, 7), (9, 7), torch.device("cpu"))
+    output = packed_sdpa(query[5:], key, value, segments, causal, 0.2)
+    torch.testing.assert_close(output, expected[5:].float(), atol=2e-6, rtol=0)
 
 
 def test_runs_are_bit_identical():
     def run() -> list[torch.Tensor]:
         tensors = heads(sum(LENGTHS), 3)
-        packed_sdpa(*tensors, LENGTHS, True, 0.2).square().sum().backward()
+        packed_sdpa(*tensors, whole(*LENGTHS), True, 0.2).square().sum().backward()
         return [tensor.grad for tensor in tensors]
 
     assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
@@ -73,15 +86,14 @@ def test_runs_are_bit_identical():
 
 def test_the_device_kernel_is_one_of_these():
     tensors = [tensor.detach().to(device.current()) for tensor in heads(sum(LENGTHS), 0)]
-    starts = torch.tensor((0, *LENGTHS)).cumsum(0).int().to(device.current())
-    output = device.packed_attention(*tensors, starts, LENGTHS, True, 0.2)
-    torch.testing.assert_close(output.cpu(), packed_sdpa(*heads(sum(LENGTHS), 0), LENGTHS, True, 0.2).detach(), atol=2e-6, rtol=0)
+    output = device.packed_attention(*tensors, whole(*LENGTHS), True, 0.2)
+    torch.testing.assert_close(output.cpu(), packed_sdpa(*heads(sum(LENGTHS), 0), whole(*LENGTHS), True, 0.2).detach(), atol=2e-6, rtol=0)
 
 
 def test_layout_checks_its_lengths(one_rank):
     from mindspeed_mm_rl.models.attention import PackedLayout
 
     cos = torch.zeros(7, 32)
-    assert PackedLayout.of([3, 4], cos, cos, causal=True).cu_seqlens.tolist() == [0, 3, 7]
+    assert PackedLayout.of([3, 4], cos, cos, causal=True).segments.cu_keys.tolist() == [0, 3, 7]
     with pytest.raises(ValueError, match="lengths sum to 8, but there are 7 positions"):
         PackedLayout.of([3, 5], cos, cos, causal=True)

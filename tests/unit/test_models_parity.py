@@ -165,7 +165,7 @@ def hf_gradients(hf: transformers.PreTrainedModel, rows: list[Row], pixels: torc
 
 
 def test_every_gradient_equals_hugging_face_with_nothing_frozen(one_rank, tiny_vl, hf, rows, pixels):
-    policy = load_policy(tiny_vl, freeze_vision=False, freeze_projector=False, recompute=True).train()
+    policy = load_policy(tiny_vl, freeze_vision=False, freeze_projector=False, recompute="full").train()
     weight = torch.randn(sum(len(row.tokens) for row in rows), 512, generator=torch.Generator().manual_seed(2))
     logits = policy.logits(packed_hidden(policy, rows, policy.encode_images(pixels, grids_of(rows))))
     (logits * weight).sum().backward()
@@ -202,13 +202,21 @@ def test_text_only_tied_model_equals_hugging_face(one_rank, tiny_text):
     assert "text_decoder.output_layer.weight" not in policy.weights()
 
 
-def test_recomputed_layers_give_the_same_gradients(one_rank, tiny_text):
+@pytest.mark.parametrize("again", ["full", "selective"])
+def test_what_is_recomputed_gives_the_same_gradients(one_rank, tiny_text, again):
+    from mindspeed_mm_rl.models.attention import CoreAttention
+
+    calls = []
     rows = [Row([*range(20, 20 + length)], ()) for length in (5, 17, 9)]
     gradients = []
-    for recompute in (False, True):
+    for recompute in (None, again):
         policy = load_policy(tiny_text, recompute=recompute).train()
+        for attention in (module for module in policy.modules() if isinstance(module, CoreAttention)):
+            attention.register_forward_pre_hook(lambda *_: calls.append(1))
         packed_hidden(policy, rows, None).square().sum().backward()
         gradients.append(collect_gradients(policy))
+    # Two layers: once each, then once each and once again.
+    assert len(calls) == 2 + 4
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
 

@@ -15,6 +15,7 @@ from mindspeed_mm_rl.data.json_rows import JsonRows
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.data.preprocess.command import run
 from mindspeed_mm_rl.data.preprocess.encoding import tokenizer_of
+from mindspeed_mm_rl.data.rows import PromptColumns
 from mindspeed_mm_rl.data.sources import open_rows
 from tests.data_files import byte_tokenizer, data_plan, make_hf_folder
 from tests.unit.test_preprocess import DATASETS
@@ -175,13 +176,13 @@ def test_rows_of_trl_are_drawn_through_the_chat_template(tmp_path, hf_folder):
     assert (first.answer, second.answer, second.data_source) == ("5", "6", "sums")
     array = tmp_path / "rows.json"
     array.write_text(json.dumps(rows, indent=2))
-    assert [row.answer for row in map(JsonRows(array).__getitem__, (1, 0))] == ["6", "5"]
+    assert [row.answer for row in map(JsonRows(array, PromptColumns()).__getitem__, (1, 0))] == ["6", "5"]
 
 
 def test_rows_of_verl_in_json(tmp_path):
     row = {"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": {"a": 1}}, "data_source": "kk"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row | {"extra_info": {"index": 4}}))
-    (found,) = (open_rows(tmp_path / "a.jsonl", "prompt", "images", str)[i] for i in range(1))
+    (found,) = (open_rows(tmp_path / "a.jsonl", PromptColumns(), IndexedRows)[i] for i in range(1))
     assert (found.answer, found.data_source, found.extra, found.images) == ('{"a": 1}', "kk", {"index": 4}, ())
 
 
@@ -191,11 +192,11 @@ def test_json_rows_that_are_wrong_are_named(tmp_path):
 
     def rows(*lines):
         path.write_text("\n".join(lines))
-        return JsonRows(path)
+        return JsonRows(path, PromptColumns())
 
     with pytest.raises(ValueError, match="a.jsonl has no rows"):
         rows("", "")
-    with pytest.raises(ValueError, match="has no column 'prompt'; the columns of its first row are question"):
+    with pytest.raises(ValueError, match="has no column 'prompt'; the columns are question"):
         rows('{"question": "2 + 3?"}')
     with pytest.raises(ValueError, match="its first row has neither extra_info.answer nor reward_model.ground_truth nor answer"):
         rows('{"prompt": "2 + 3?"}')

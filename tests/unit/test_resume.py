@@ -212,7 +212,7 @@ def test_a_kl_term_without_a_known_reference_is_refused(with_kl: Plan) -> None:
     """The save comes from a run without one."""
     saves = make_saves(with_kl, 2)
     line = refused(changed(with_kl, load=str(saves.root), reference_load=str(saves.root)))
-    assert "a KL term is on" in line and str(saves.path_of(2)) in line and "ref_model_load_path" in line
+    assert "is compared with a reference" in line and str(saves.path_of(2)) in line and "ref_model_load_path" in line
     assert start_of(with_kl).reference.path == with_kl.train.load
     named = changed(with_kl, load=str(saves.root))
     assert start_of(named).reference.path == with_kl.train.load

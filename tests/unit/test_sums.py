@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from mindspeed_mm_rl.data.chat import ChatRenderer
+from mindspeed_mm_rl.data.indexed import IndexedRows
+from mindspeed_mm_rl.data.rows import PromptColumns
 from mindspeed_mm_rl.data.sources import open_rows
 from mindspeed_mm_rl.rewards.registry import find_verifier
 
@@ -60,7 +62,7 @@ def test_splits_are_disjoint_and_the_same_for_a_seed(data, tmp_path):
 def test_rows_are_read_by_training_and_solutions_are_right(data):
     import sums
 
-    rows, verify = open_rows(data / "rl", "prompt", "images", decode=str), find_verifier("math_17k_acc")
+    rows, verify = open_rows(data / "rl", PromptColumns(), IndexedRows), find_verifier("math_17k_acc")
     assert len(rows) == sums.SPLITS["rl/train"]
     for row in (rows[number] for number in range(20)):
         chain = sums.parse(row.messages[0]["content"])

@@ -16,7 +16,7 @@ from mindspeed_mm_rl.algorithms.losses import PolicyLossSettings, clipped_policy
 from mindspeed_mm_rl.data.images import expand_image_tokens, pixel_values, prepare, read_image_settings
 from mindspeed_mm_rl.engines.base import UpdateRequest
 from mindspeed_mm_rl.types import Batch, ImageInput, Ragged
-from mindspeed_mm_rl.weights.host import read_views
+from mindspeed_mm_rl.weights.host import open_views
 from tests.plans import MAX_PIXELS, MIN_PIXELS, optimizer_plan, train_plan
 from tests.tiny import make_tiny_vl
 
@@ -118,7 +118,7 @@ def test_one_update_equals_the_same_in_plain_transformers(make_engine: MakeEngin
     loss, norm, weights = _update_in_transformers(tiny_vl, batch, images)
     assert metrics["pg_loss"] == pytest.approx(loss, abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    published = dict(read_views(engine.publish_weights()))
+    published = dict(open_views(engine.publish_weights()))
     for name, expected in weights.items():
         # Adam's first step is lr * sign(gradient): where a gradient is about 0, the sign is noise.
         close = (published[name] - expected).abs() <= 2e-5
@@ -164,7 +164,7 @@ def test_published_weights_are_those_of_the_checkpoint_bit_by_bit(make_engine: M
 
     from mindspeed_mm_rl.models.names import canonical_hf_name
 
-    published = dict(read_views(make_engine().publish_weights()))
+    published = dict(open_views(make_engine().publish_weights()))
     on_disk = {canonical_hf_name(name): tensor for path in tiny_vl.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert published.keys() == on_disk.keys()
     assert all(torch.equal(published[name], tensor) for name, tensor in on_disk.items())

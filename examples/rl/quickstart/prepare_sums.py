@@ -1,4 +1,5 @@
-"""Makes what the *_trainer_qwen25_tiny scripts start from, and skips what is there: sums, a tiny model, its warm start, megatron weights.
+"""Makes what the *_trainer_qwen25_tiny scripts start from, and skips what is there: sums, pairs of right and wrong ones, a tiny model, its
+warm start, megatron weights.
 
 The training configuration is checked first: a mistake in it is told in a second, not after a minute.
 
@@ -20,13 +21,20 @@ from mindspeed_mm_rl.config.load import load_config
 
 MM_CONVERT = Path(__file__).resolve().parents[3] / "checkpoint" / "convert_cli.py"
 WORK = Path("quickstart/text")
-DATA, RANDOM, WARM, MEGATRON = WORK / "data", WORK / "model" / "random", WORK / "model" / "warm", WORK / "ckpt" / "mm"
+DATA, PAIRS = WORK / "data", WORK / "pairs"
+RANDOM, WARM, MEGATRON = WORK / "model" / "random", WORK / "model" / "warm", WORK / "ckpt" / "mm"
 
 
 def write_sums(seed: int) -> None:
     from sums import write_splits
 
     write_splits(DATA, seed)
+
+
+def write_sum_pairs(seed: int) -> None:
+    from sum_pairs import write_pairs
+
+    write_pairs(DATA / "rl", PAIRS, seed)
 
 
 def write_random_model(seed: int) -> None:
@@ -49,6 +57,7 @@ def to_megatron(seed: int) -> None:
 
 STEPS: dict[Path, tuple[str, Callable[[int], None]]] = {
     DATA: ("write sums", write_sums),
+    PAIRS: ("write pairs", write_sum_pairs),
     RANDOM: ("make a tiny model", write_random_model),
     WARM: ("warm start", warm_up),
     MEGATRON: ("convert to megatron", to_megatron),

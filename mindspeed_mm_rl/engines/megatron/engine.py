@@ -18,12 +18,12 @@ from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.heads import token_logprobs
 from mindspeed_mm_rl.models.names import PARTS
 from mindspeed_mm_rl.models.qwen2_5_vl import Policy
-from mindspeed_mm_rl.models.rank_pieces import read_pieces
-from mindspeed_mm_rl.models.weight_layout import to_hf
+from mindspeed_mm_rl.models.rank_pieces import chunk_pieces, grid_entries, read_pieces
 from mindspeed_mm_rl.models.weight_sources import source_of
 from mindspeed_mm_rl.platforms import device
 from mindspeed_mm_rl.types import Batch, ImageFeatures, ImageInput, Images, LossInput
-from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle
+from mindspeed_mm_rl.weights.host import WeightHandle
+from mindspeed_mm_rl.weights.push import WeightPush, Weights
 
 
 class MegatronTrainEngine(NetworkEngine):
@@ -35,7 +35,7 @@ class MegatronTrainEngine(NetworkEngine):
             self._check_shared_vision(self.references[0])
         self.entropy_bonus = entropy_bonus
         self.publish_vision = publish_vision
-        self.buffer: HostBuffer | None = None
+        self.push: WeightPush | None = None
 
     def _check_shared_vision(self, reference: Policy) -> None:
         """A frozen vision encoder runs once for policy and reference, so it must be the same in both."""
@@ -50,6 +50,7 @@ class MegatronTrainEngine(NetworkEngine):
 
     def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
         """Every picture through the frozen vision encoder once."""
+        self.state.hold("param")
         return self._encoder().features(self.networks[0], images)
 
     @property
@@ -62,7 +63,7 @@ class MegatronTrainEngine(NetworkEngine):
             hidden,
             targets,
             temperature=self.plan.temperature,
-            banned_ids=self.architecture.banned_token_ids,
+            banned_ids=self.architecture.banned_token_ids if self.plan.bans_markers else (),
             with_entropy_grad=entropy_grad,
         )
 
@@ -71,7 +72,7 @@ class MegatronTrainEngine(NetworkEngine):
 
     def ref_logprobs(self, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
         if not self.references:
-            raise ValueError("reference log-probs were asked for, but the engine was built without a reference (init_kl_coef is 0)")
+            raise ValueError("reference log-probs were asked for, but the engine was built without a reference")
         return self._by_sample(self.references, partial(self._head, entropy_grad=False), batch, rows, images)
 
     def update(self, request: UpdateRequest, images: Images, policy_loss: PolicyLoss) -> dict[str, float]:
@@ -126,13 +127,20 @@ class MegatronTrainEngine(NetworkEngine):
             )
         return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 
-    def publish_weights(self) -> WeightHandle:
-        """Rewrites the shared buffer; every reader of the last handle must have returned."""
+    def publish_weights(self, nodes: Sequence[str] = ()) -> WeightHandle | None:
+        """On all ranks at once; see WeightPush.publish. nodes: of all ranks, () = one for all."""
+        self.state.hold("param")
+        self.whole_parameters()
+        weights = [network.weights() for network in self.networks]
+        self.push = self.push or self._new_push(weights, nodes)
+        return self.push.publish(weights)
+
+    def _new_push(self, weights: Weights, nodes: Sequence[str]) -> WeightPush:
+        grid, place = process_groups.grid(self.plan, self.architecture.text.num_layers), process_groups.grid_place()
         parts = PARTS if self.publish_vision else ("text",)
-        tensors = list(to_hf(self.policy.weights(), self.architecture.raw, parts))
-        if self.buffer is None:
-            self.buffer = HostBuffer([(name, tensor.shape, tensor.dtype) for name, tensor in tensors])
-        return self.buffer.write(tensors)
+        table = [entry for entry in grid_entries(self.architecture.raw, grid, self.plan.with_vision) if entry.part in parts]
+        pieces = [chunk_pieces(table, grid, place, virtual) for virtual in range(grid.virtual)]
+        return WeightPush(pieces, weights, {n: shape for e in table for n, shape in zip(e.hf, e.hf_shapes, strict=True)}, nodes)
 
 
 def _new_policies(plan: TrainPlan, weights: str) -> list[Policy]:

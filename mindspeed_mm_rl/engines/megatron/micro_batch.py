@@ -35,9 +35,9 @@ class MicroBatch:
         return self.batch.responses.lengths
 
 
-def masked(batch: Batch) -> Batch:
-    """The first sample without any weight: what a rank runs that has fewer micro-batches than others, to stay in step with them."""
-    first = batch.select([0])
+def masked(batch: Batch, count: int) -> Batch:
+    """The first `count` samples without any weight: what a rank with fewer micro-batches than others runs, to stay in step with them."""
+    first = batch.select(range(count))
     return replace(first, loss_mask=Ragged(torch.zeros_like(first.loss_mask.values), first.loss_mask.lengths))
 
 

@@ -19,6 +19,7 @@ from mindspeed_mm_rl.engines.base import UpdateRequest
 from mindspeed_mm_rl.engines.megatron import process_groups, saves
 from mindspeed_mm_rl.engines.megatron.encoding import PictureEncoder
 from mindspeed_mm_rl.engines.megatron.micro_batch import MicroBatch, grids_by_row, masked, pack
+from mindspeed_mm_rl.engines.megatron.offload import OffloadedState, gradient_tensors, network_tensors, optimizer_tensors
 from mindspeed_mm_rl.engines.megatron.optimizer import build_optimizer, build_schedule, ready_gradients, step, wrap_for_data_parallel
 from mindspeed_mm_rl.models.attention import PackedLayout
 from mindspeed_mm_rl.models.context_parallel import joined
@@ -27,6 +28,7 @@ from mindspeed_mm_rl.models.placement import Piece
 from mindspeed_mm_rl.models.qwen2_5_vl import AnyNetwork, Network, build_network
 from mindspeed_mm_rl.models.rank_pieces import chunk_pieces, grid_entries
 from mindspeed_mm_rl.platforms import device
+from mindspeed_mm_rl.platforms.compat import tell_virtual_stage
 from mindspeed_mm_rl.types import Batch, ImageFeatures, ImageInput, Images
 
 Head = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
@@ -46,6 +48,7 @@ def new_networks(
     table = grid_entries(config, grid, plan.with_vision)
     networks = []
     for virtual in range(grid.virtual):
+        tell_virtual_stage(virtual)
         network = build_network(
             kind,
             architecture,
@@ -81,6 +84,19 @@ class NetworkEngine:
         self._finish_config()
         self.pictures = PictureEncoder(plan) if self.architecture.vision else None
         self.vision_is_frozen = plan.freeze_vision and plan.freeze_projector
+        self.references: list[Any] = []
+        """Frozen networks that this one is compared with."""
+        parts = {
+            "param": lambda: network_tensors(self.networks),
+            "reference": lambda: network_tensors(self.references),
+            "grad": lambda: gradient_tensors(self.models),
+            "optimizer": lambda: optimizer_tensors(self.optimizer),
+        }
+        self.state = OffloadedState(plan.offload, parts, self.whole_parameters)
+
+    def offload(self) -> None:
+        """Gives the device to others, as far as plan.offload goes. Whatever is asked next brings back what it needs."""
+        self.state.hold()
 
     @property
     def network(self) -> Any:
@@ -149,12 +165,13 @@ class NetworkEngine:
         pipeline's ranks.
         """
         share = batch.select(rows)
-        bounds = self.plan.max_tokens_per_micro_batch, self.plan.max_samples_per_micro_batch
+        plan, together = self.plan, self.plan.rows_together
+        bounds = plan.max_tokens_per_micro_batch, plan.max_samples_per_micro_batch, together
         micros = [pack(share, own) for own in micro_batches(share.total_lengths(), *bounds)]
         rounds = int(process_groups.data_parallel_max(len(micros)))
         if len(self.networks) > 1:
-            rounds += -rounds % self.plan.pipeline_parallel_size
-        return micros + [pack(masked(batch), [0])] * (rounds - len(micros)), len(micros)
+            rounds += -rounds % plan.pipeline_parallel_size
+        return micros + [pack(masked(batch, together), range(together))] * (rounds - len(micros)), len(micros)
 
     def _at_responses(
         self, head: Head, micro: MicroBatch, network: Any, layout: PackedLayout, hidden: torch.Tensor
@@ -169,6 +186,8 @@ class NetworkEngine:
     @torch.no_grad()
     def _by_sample(self, networks: list[Any], head: Head, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
         """The head's first number for each response token, where this rank has the last stage and answers for its replica."""
+
+        self.state.hold("reference" if networks is self.references else "param")
 
         def outcome(micro: MicroBatch, network: Any, layout: PackedLayout, hidden: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
             return self._at_responses(head, micro, network, layout, hidden)[0]
@@ -191,6 +210,7 @@ class NetworkEngine:
             # The token count is unused (see _finish_config); megatron asks for an int tensor.
             return loss, torch.ones((), dtype=torch.int, device=loss.device), {k: v.detach() for k, v in metrics.items()}
 
+        self.state.hold("param", "grad", "optimizer")
         micros, _ = self._in_step(request.batch, request.rows)
         for model in self.models:
             model.zero_grad_buffer()
@@ -219,10 +239,15 @@ class NetworkEngine:
     # ------------------------------------------------------------------ saves
 
     def save(self, folder: Path) -> None:
+        self.state.hold("param", "optimizer")
         self.whole_parameters()
-        saves.save(folder, self.networks, self.optimizer, self.schedule)
+        saves.save(folder, self.networks, self.optimizer, self.schedule, self._optimizer_form())
 
     def load(self, folder: Path) -> None:
         """Resumes from this network's folder of a save, as far as no_load_optim and no_load_rng let it."""
+        self.state.hold("param", "optimizer")
         wanted = {"with_optimizer": not self.plan.no_load_optim, "with_rng": not self.plan.no_load_rng}
-        saves.load(folder, self.networks, self.optimizer, self.schedule, **wanted)
+        saves.load(folder, self.networks, self.optimizer, self.schedule, self._optimizer_form(), **wanted)
+
+    def _optimizer_form(self) -> saves.OptimizerForm:
+        return saves.OptimizerForm(self.plan.optimizer.use_distributed_optimizer, self.plan.expert_parallel_size > 1)

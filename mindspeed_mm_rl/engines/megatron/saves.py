@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,34 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 """What a parameter group has from the plan: a save must not bring back those of the run that wrote it."""
 
 
-def save(folder: Path, networks: Sequence[Any], optimizer: Any, schedule: Any) -> None:
+@dataclass(frozen=True)
+class OptimizerForm:
+    """What the form of an optimizer's state in a save depends on; all other sizes of a layout may change from save to save."""
+
+    use_distributed_optimizer: bool
+    has_expert_ranks: bool
+    """expert_model_parallel_size > 1: experts then have an optimizer of their own."""
+
+    def check(self, saved: dict[str, bool] | None, folder: Path) -> None:
+        """Raises ValueError when the save's is another one. saved: None in a save that doesn't say."""
+        keys = {"use_distributed_optimizer": "use_distributed_optimizer", "has_expert_ranks": "expert_model_parallel_size > 1"}
+        for field, key in keys.items():
+            own = getattr(self, field)
+            if saved is not None and saved[field] != own:
+                raise ValueError(
+                    f"{folder} was saved with {key} {str(saved[field]).lower()}, this run has {str(own).lower()}: the optimizer's state has "
+                    "another form; set it as in the save, or set no_load_optim: true to go on with a new optimizer"
+                )
+
+
+def save(folder: Path, networks: Sequence[Any], optimizer: Any, schedule: Any, form: OptimizerForm) -> None:
     """Collective. `folder` must exist and be empty. Raises OSError or RuntimeError when a rank cannot write its shards."""
     from megatron.core import dist_checkpointing
 
     # Before its first step Adam has no moments, which could not be loaded.
     state = _sharded_state(networks, optimizer if schedule.num_steps else None, is_loading=False)
     state["schedule"] = schedule.state_dict()
+    state["optimizer_form"] = asdict(form)
     state["rng"] = device.rng_state()
     with _ordinary_errors():
         dist_checkpointing.save(state, str(folder))
@@ -38,17 +60,22 @@ def save_weights(folder: Path, networks: Sequence[Any]) -> None:
         dist_checkpointing.save(_sharded_state(networks, None, is_loading=False), str(folder))
 
 
-def load(folder: Path, networks: Sequence[Any], optimizer: Any, schedule: Any, with_optimizer: bool, with_rng: bool) -> None:
+def load(
+    folder: Path, networks: Sequence[Any], optimizer: Any, schedule: Any, form: OptimizerForm, with_optimizer: bool, with_rng: bool
+) -> None:
     """Collective. Without optimizer only weights are taken, the optimizer and its schedule start anew.
 
-    Raises ValueError, before anything is unpickled, for a folder that holds more than data.
+    Raises ValueError for a folder that holds more than data, before anything is unpickled, and for an optimizer of another form.
     """
     from megatron.core import dist_checkpointing
 
     refuse_code(folder)
     with _ordinary_errors():
-        has_steps = dist_checkpointing.load_common_state_dict(str(folder))["schedule"]["num_steps"] > 0
-        wanted = _sharded_state(networks, optimizer if with_optimizer and has_steps else None, is_loading=True)
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        takes_optimizer = with_optimizer and common["schedule"]["num_steps"] > 0
+        if takes_optimizer:
+            form.check(common.get("optimizer_form"), folder)
+        wanted = _sharded_state(networks, optimizer if takes_optimizer else None, is_loading=True)
         state = dist_checkpointing.load(wanted, str(folder))
     for key, network in _by_key(networks).items():
         load_network(network, state[key])

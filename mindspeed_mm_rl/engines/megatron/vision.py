@@ -14,13 +14,14 @@ import torch
 from mindspeed_mm_rl.config.plan import TrainPlan
 from mindspeed_mm_rl.engines.megatron import saves
 from mindspeed_mm_rl.engines.megatron.encoding import PictureEncoder, passes
+from mindspeed_mm_rl.engines.megatron.offload import OffloadedState, gradient_tensors, network_tensors, optimizer_tensors
 from mindspeed_mm_rl.engines.megatron.optimizer import build_optimizer, build_schedule, ready_gradients, step, wrap_for_data_parallel
 from mindspeed_mm_rl.engines.megatron.process_groups import grid_place
 from mindspeed_mm_rl.models.families import Architecture, read_architecture
 from mindspeed_mm_rl.models.gpt import ModelOptions
 from mindspeed_mm_rl.models.rank_pieces import Grid, read_pieces
-from mindspeed_mm_rl.models.vision_tower import VISION_PARTS, VisionTower, vision_pieces
-from mindspeed_mm_rl.models.weight_sources import source_of
+from mindspeed_mm_rl.models.vision_tower import VisionTower, vision_pieces
+from mindspeed_mm_rl.models.weight_sources import VISION_PARTS, source_of
 from mindspeed_mm_rl.types import ImageFeatures, ImageInput
 from mindspeed_mm_rl.weights.host import HostBuffer
 
@@ -33,13 +34,20 @@ class FrozenVisionEngine:
         self.pictures = PictureEncoder(plan)
         self.network = new_tower(self.architecture, plan, plan.load)
         self.networks = [self.network]
+        self.state = OffloadedState(plan.offload, {"param": lambda: network_tensors(self.networks)})
+
+    def offload(self) -> None:
+        """As NetworkEngine.offload."""
+        self.state.hold()
 
     def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
         """Every picture through the encoder once; on all ranks of a tensor-parallel group."""
+        self.state.hold("param")
         return self.pictures.features(self.network, images)
 
     def save(self, folder: Path) -> None:
         """Weights alone, so that a save holds the whole model."""
+        self.state.hold("param")
         saves.save_weights(folder, self.networks)
 
     def load(self, folder: Path) -> None:
@@ -57,15 +65,24 @@ class TrainedVisionEngine(FrozenVisionEngine):
         self.optimizer = build_optimizer(self.models, plan.optimizer, getattr(torch, plan.dtype))
         self.schedule = build_schedule(self.optimizer, plan.optimizer)
         self.buffer: HostBuffer | None = None
+        parts = {
+            "param": lambda: network_tensors(self.networks),
+            "reference": lambda: network_tensors([self.reference] if self.reference else []),
+            "grad": lambda: gradient_tensors(self.models),
+            "optimizer": lambda: optimizer_tensors(self.optimizer),
+        }
+        self.state = OffloadedState(plan.offload, parts)
 
     def ref_encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
         if self.reference is None:
             raise ValueError("reference features were asked for, but the engine was built without a reference (init_kl_coef is 0)")
+        self.state.hold("reference")
         return self.pictures.features(self.reference, images)
 
     def backward(self, images: dict[str, ImageInput], gradients: Sequence[dict[str, torch.Tensor]]) -> float:
         from megatron.core.distributed import finalize_model_grads
 
+        self.state.hold("param", "grad", "optimizer")
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -82,9 +99,11 @@ class TrainedVisionEngine(FrozenVisionEngine):
         return {"grad_norm": grad_norm, "lr": float(self.optimizer.param_groups[0]["lr"])}
 
     def save(self, folder: Path) -> None:
+        self.state.hold("param", "optimizer")
         saves.save(folder, self.networks, self.optimizer, self.schedule)
 
     def load(self, folder: Path) -> None:
+        self.state.hold("param", "optimizer")
         wanted = {"with_optimizer": not self.plan.no_load_optim, "with_rng": not self.plan.no_load_rng}
         saves.load(folder, self.networks, self.optimizer, self.schedule, **wanted)
 

@@ -12,7 +12,7 @@ _TIED_COPY = "lm_head.weight"
 
 
 def holds_vision(handle: WeightHandle) -> bool:
-    return any(canonical_hf_name(slot.name).startswith("visual.") for slot in handle.table)
+    return any(canonical_hf_name(slot.name).startswith("visual.") for slot in handle.slots)
 
 
 def check_complete(handle: WeightHandle, config: Mapping[str, Any], parts: Sequence[Part]) -> None:
@@ -24,7 +24,7 @@ def check_complete(handle: WeightHandle, config: Mapping[str, Any], parts: Seque
     table = entries(config)
     known = {name for entry in table for name in entry.hf} | ({_TIED_COPY} if is_tied(config) else set())
     expected = {name: shape for entry in table if entry.part in parts for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
-    found = {name: slot.shape for slot in handle.table if not is_buffer(name := canonical_hf_name(slot.name))}
+    found = {name: slot.shape for slot in handle.slots if not is_buffer(name := canonical_hf_name(slot.name))}
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"weight push: {len(missing)} tensors of the rollout model are missing, such as {missing[:3]}")
     if unknown := sorted(found.keys() - known):

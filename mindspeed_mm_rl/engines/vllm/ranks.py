@@ -68,7 +68,8 @@ class Pace:
         """Yields the groups; returns whether rank 0's reader wants more, and raises GeneratorExit where that reader is."""
         more = False
         try:
-            yield from groups
+            for group in groups:  # noqa: UP028  Ray sends into the generator, which an iterator of a list doesn't take
+                yield group
             more = True
         finally:
             more = self._word_of_rank_0(more)

@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
 from mindspeed_mm_rl.models.names import canonical_hf_name
-from mindspeed_mm_rl.weights.host import WeightHandle, read_views
+from mindspeed_mm_rl.weights.host import WeightHandle, open_views
 
 LOAD_FORMAT = "mindspeed_mm_rl_awaited"
 """The engine argument `load_format` of an engine whose first weights come by `receive`."""
@@ -81,7 +81,7 @@ class HostWeightEngine(WeightTransferEngine[_HostInit, _HostUpdate]):
         vLLM keeps the old head of a tied model on CPU, where it computes from a packed copy, unless the head is loaded by its own name.
         """
         has_vision = any(name.startswith(_VISION_PREFIXES) for name, _ in self.model.named_parameters())
-        views = dict(read_views(handle))
+        views = dict(open_views(handle))
         yield from ((name, view) for name, view in views.items() if has_vision or not name.startswith(_VISION_PREFIXES))
         if _HEAD not in views:
             yield _HEAD, next(view for name, view in views.items() if canonical_hf_name(name) == _EMBEDDING)

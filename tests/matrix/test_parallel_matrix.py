@@ -1,0 +1,29 @@
+"""Every layout and every family of models: log-probs, losses, gradient norms and weights of three updates are those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tests.layout_bench import LayoutBench
+from tests.layout_modes import cells
+
+
+@pytest.fixture(scope="module")
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LayoutBench]:
+    bench = LayoutBench(tmp_path_factory.mktemp("layouts"))
+    yield bench
+    bench.close()
+    version = metadata.version("megatron-core")
+    table, file = bench.table(version), Path(__file__).parents[2] / f"logs/parallel_matrix_megatron_core_{version}.txt"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(table)
+    request.config.get_terminal_writer().write(f"\n{table}also in {file}\n")
+
+
+@pytest.mark.parametrize(("model", "mode"), cells(), ids=[f"{model}: {mode}" for model, mode in cells()])
+def test_a_layout_changes_nothing(bench: LayoutBench, model: str, mode: str) -> None:
+    bench.run(model, mode).check()
