@@ -36,6 +36,16 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
+class PhaseReport:
+    """What a process says of the work that it was last given. Example: PhaseReport(peak_bytes=3 << 30, seconds={"offload": 0.2})."""
+
+    peak_bytes: int
+    """The most memory that it had: of the device, on CPU its resident set."""
+    seconds: dict[str, float]
+    """What it took to bring its state to the device and to take it away, by the names of timing metrics."""
+
+
+@dataclass(frozen=True)
 class ImageFeatures:
     """A picture after the vision encoder and projector: what a frozen ViT shares with rollout, log-probs, reference and update."""
 

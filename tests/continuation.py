@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.sinks import read_records
-from mindspeed_mm_rl.trainer import build, rl
+from mindspeed_mm_rl.trainer import build, compare, rl
 from mindspeed_mm_rl.trainer.save_folder import TRACKER
 from mindspeed_mm_rl.types import Batch
 from tests.data_files import png, row, write_rows
@@ -25,7 +26,7 @@ from tests.plans import optimizer_plan, whole_plan
 
 ITERATIONS, STOP_AFTER = 4, 2
 _NOT_COMPARED = ("timing/", "memory/")
-_NOT_COMPARED_ENDINGS = ("tps",)
+_NOT_COMPARED_ENDINGS = ("tps", "per_second")
 
 
 @dataclass
@@ -83,6 +84,16 @@ def continuation_plan(folder: Path, train_path: Path, output: Path, num_devices:
     )
 
 
+def dpo(plan: Plan) -> Plan:
+    """17 pairs, 6 an iteration: an epoch ends in the middle of the third. plan: of tests.plans.pairs_plan."""
+    optimizer = optimizer_plan(lr=2e-3, lr_decay_style="linear", warmup_updates=3, decay_updates=8, weight_decay=0.01)
+    return replace(
+        plan,
+        run=replace(plan.run, train_iters=ITERATIONS, save_interval=STOP_AFTER, prompts_per_generation=6, mini_batch_prompts=3),
+        train=replace(plan.train, optimizer=optimizer),
+    )
+
+
 def picture_rows(path: Path) -> Path:
     """17 rows, so that epochs end in the middle of an iteration: a picture, two pictures, none, in turn."""
     rows = []
@@ -94,16 +105,16 @@ def picture_rows(path: Path) -> Path:
 
 @contextmanager
 def watching() -> Iterator[list[Batch]]:
-    """Collects every batch that the trainer makes: its samples, tokens and log-probs."""
+    """Collects every batch that the trainer makes, of groups or of pairs: its samples, tokens and log-probs."""
     batches: list[Batch] = []
-    made_by = rl.to_batch
 
-    def watched(*arguments: Any) -> Batch:
+    def watched(made_by: Callable[..., Batch], *arguments: Any) -> Batch:
         batches.append(made_by(*arguments))
         return batches[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rl, "to_batch", watched)
+        patch.setattr(rl, "to_batch", partial(watched, rl.to_batch))
+        patch.setattr(compare, "batch_of_pairs", partial(watched, compare.batch_of_pairs))
         yield batches
 
 
@@ -139,7 +150,7 @@ def resumed_from(plan: Plan, other: Plan, iteration: int, batches: list[Batch]) 
 def _result(plan: Plan, batches: list[Batch]) -> Result:
     save = Path(plan.run.save) / f"iter_{plan.run.train_iters:07d}"
     networks = [folder.name for folder in sorted(save.iterdir()) if folder.is_dir()]
-    assert networks == ["actor", *(["critic"] if plan.critic else [])]
+    assert networks == ["actor", *(["critic"] if plan.critic else []), *(["vision"] if plan.vision else [])]
     return Result(
         records=read_records(Path(plan.run.output) / "metrics.jsonl"),
         batches=batches,

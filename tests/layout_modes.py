@@ -74,6 +74,8 @@ MODES = {
     "DP2+dist.opt.+overlap": _mode(2, _OVERLAP),
     "TP2xDP2+dist.opt.": _mode(4, _DISTRIBUTED, tp=2),
     "TP2xPP2": _mode(4, tp=2, pp=2),
+    "PP2xDP2+dist.opt.+overlap": _mode(4, _OVERLAP, pp=2),
+    "PP2+VPP2xDP2+dist.opt.+overlap": _mode(4, _OVERLAP, pp=2, pipeline_layers=((1, 1), (1, 1))),
     "EP2": _mode(2, ep=2),
     "EP2+dist.opt.+overlap": _mode(2, _OVERLAP, ep=2),
     "TP2xEP2": _mode(4, tp=2, ep=2),

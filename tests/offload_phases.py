@@ -116,6 +116,8 @@ def _published(engine: Any) -> list[torch.Tensor]:
     from mindspeed_mm_rl.weights.host import open_views
 
     handle = engine.publish_weights()
+    # The buffer is whole when all ranks have returned.
+    torch.distributed.barrier()
     return [tensor.clone() for _, tensor in open_views(handle)] if handle else []
 
 

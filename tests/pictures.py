@@ -11,7 +11,7 @@ from PIL import Image
 from mindspeed_mm_rl.data.images import expand_image_tokens, pixel_values, prepare, read_image_settings
 from mindspeed_mm_rl.engines.base import UpdateRequest
 from mindspeed_mm_rl.models.families import read_architecture
-from mindspeed_mm_rl.models.weight_layout import to_megatron
+from mindspeed_mm_rl.models.names import canonical_hf_name
 from mindspeed_mm_rl.types import Batch, ImageInput, Ragged
 from tests.plans import MAX_PIXELS, MIN_PIXELS
 
@@ -63,7 +63,7 @@ def request_of(batch: Batch) -> UpdateRequest:
 
 
 def gradients_by_hugging_face(model: Path, batch: Batch, images: dict[str, ImageInput]) -> dict[str, torch.Tensor]:
-    """By megatron name, of the token-level policy gradient -sum(advantage * logprob) / tokens at temperature 0.7."""
+    """By classic Hugging Face name, of the token-level policy gradient -sum(advantage * logprob) / tokens at temperature 0.7."""
     import transformers
 
     hf = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
@@ -79,4 +79,4 @@ def gradients_by_hugging_face(model: Path, batch: Batch, images: dict[str, Image
         logits = logits.index_fill(-1, torch.tensor(architecture.banned_token_ids), float("-inf")) / 0.7
         logprobs = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
         (-(logprobs * batch.advantages.rows()[row]).sum() / len(batch.responses.values)).backward()
-    return to_megatron({name: p.grad for name, p in hf.named_parameters()}, architecture.raw)
+    return {canonical_hf_name(name): parameter.grad for name, parameter in hf.named_parameters()}

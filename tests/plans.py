@@ -6,7 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm_rl.config.plan import DataPlan, OptimizerPlan, Plan, RecipePlan, RewardPlan, RolloutPlan, RunPlan, TrainPlan
+from mindspeed_mm_rl.config.plan import (
+    DataPlan,
+    EvalPlan,
+    OptimizerPlan,
+    Plan,
+    PreferencePlan,
+    RecipePlan,
+    RewardPlan,
+    RolloutPlan,
+    RunPlan,
+    TrainPlan,
+)
 
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 64 * 28 * 28
 
@@ -174,3 +185,23 @@ def whole_plan(folder: Path, train_path: Path, output: Path) -> Plan:
         runtime_env=(),
         notes=(),
     )
+
+
+def pairs_plan(folder: Path, train_path: Path, output: Path, **preference: Any) -> Plan:
+    """DPO."""
+    plan = whole_plan(folder, train_path, output)
+    wanted = PreferencePlan("sigmoid", beta=0.1, label_smoothing=0.0, simpo_gamma=0.5, pref_ftx=0.0, cache_reference=True)
+    return replace(
+        plan,
+        run=replace(plan.run, samples_per_prompt=2, mini_batch_prompts=4, on_policy=True),
+        train=replace(plan.train, temperature=1.0, rows_together=2, bans_markers=False),
+        data=replace(plan.data, max_pair_length=256),
+        recipe=replace(plan.recipe, algorithm="dpo"),
+        preference=replace(wanted, **preference),
+    )
+
+
+def eval_plan(*data: Path, **changes: Any) -> EvalPlan:
+    files = tuple(map(str, data))
+    plan = EvalPlan(files, interval=2, at_start=False, samples_per_prompt=1, temperature=0.0, max_rows=0, reward=reward_plan())
+    return replace(plan, **changes)

@@ -78,7 +78,8 @@ class RankPool:
 def _started() -> tuple[Any, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    # No daemon: megatron writes a save in processes of its own. It ends with its pipe.
+    process = context.Process(target=_serve, args=(theirs,))
     process.start()
     # Only so does a pipe end when its process does.
     theirs.close()

@@ -59,9 +59,10 @@ class Spread:
         return {name: shape for entry in table for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
 
     def whole(self, seed: int) -> dict[str, torch.Tensor]:
-        """Every tensor of the model, with numbers that all differ."""
+        """Every tensor of the model, with numbers that all differ; of two dtypes, which a rank learns of what it doesn't hold."""
         generator = torch.Generator().manual_seed(seed)
-        return {name: torch.randn(shape, generator=generator) for name, shape in self.shapes().items()}
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in self.shapes().items()}
+        return {name: tensor.bfloat16() if "norm" in name else tensor for name, tensor in tensors.items()}
 
     def held(self, rank: int, whole: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         return [read_pieces(whole, pieces) for pieces in self.pieces(rank)]

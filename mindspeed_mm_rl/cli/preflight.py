@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm_rl.algorithms.filters import check_metric, metric_name
-from mindspeed_mm_rl.config.check import check_offered
 from mindspeed_mm_rl.config.plan import DataPlan, Plan, RunPlan
 from mindspeed_mm_rl.data.loader import PromptLoader, RowLoader, ScanReport
 from mindspeed_mm_rl.data.pairs import PairLoader
@@ -31,7 +30,6 @@ from mindspeed_mm_rl.trainer.state import free_bytes, save_bytes, size_text
 
 def begin(plan: Plan, dry_run: bool) -> Start:
     """Where the run begins; a dry run changes nothing in the folder of the saves. Raises ValueError for what no input can mend."""
-    check_offered(plan)
     if not plan.preference:
         _rewards(plan)
     _output_folders(plan)
@@ -47,6 +45,7 @@ def begin(plan: Plan, dry_run: bool) -> Start:
 def preflight(start: Start) -> Iterator[str]:
     """One line per thing that was found in order; raises ValueError for the first one that isn't."""
     yield _weights(start)
+    yield from (f"config.json: {note}" for note in read_architecture(start.plan.train.hf_path).notes)
     if start.plan.run.save:
         yield _space(start.plan)
     yield _data(start)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mindspeed_mm_rl.config.layout_rules import check_rollout_layout
 from mindspeed_mm_rl.config.model_file import text_config
-from mindspeed_mm_rl.config.plan import Plan, RolloutPlan
+from mindspeed_mm_rl.config.plan import RolloutPlan
 from mindspeed_mm_rl.config.preference import check_preference
 from mindspeed_mm_rl.config.schema import Config
 from mindspeed_mm_rl.config.stages import STAGES, has_critic
@@ -279,23 +279,3 @@ def check_model(plan: RolloutPlan, hf: Mapping[str, Any], on_cpu: bool) -> None:
             f"generate_config.kv_cache_bytes ({plan.kv_cache_bytes}) must be >= {needed}, the keys and values of one sequence of "
             f"{plan.max_model_len} tokens (max_model_len); raise it"
         )
-
-
-def check_offered(plan: Plan) -> None:
-    """What this version can run of what can be configured. Raises ValueError with the value to set."""
-    layout = {
-        "actor_config.tensor_model_parallel_size": plan.train.tensor_parallel_size,
-        "actor_config.pipeline_model_parallel_size": plan.train.pipeline_parallel_size,
-        "actor_config.context_parallel_size": plan.train.context_parallel_size,
-        "actor_config.expert_model_parallel_size": plan.train.expert_parallel_size,
-    }
-    if plan.critic is not None:
-        layout |= {
-            "critic_config.tensor_model_parallel_size": plan.critic.tensor_parallel_size,
-            "critic_config.pipeline_model_parallel_size": plan.critic.pipeline_parallel_size,
-            "critic_config.context_parallel_size": plan.critic.context_parallel_size,
-            "critic_config.expert_model_parallel_size": plan.critic.expert_parallel_size,
-        }
-    for key, value in layout.items():
-        if value != 1:
-            raise ValueError(f"{key}: {value} isn't offered in this version, which trains data-parallel only; set it to 1 (add {key}=1)")

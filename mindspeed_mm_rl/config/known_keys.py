@@ -33,6 +33,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "use_fused_moe_token_permute_and_unpermute moe_token_dispatcher_type initial_loss_scale",
         "sequences are always packed": "variable_seq_lengths no_pad_to_seq_lengths reset_attention_mask reset_position_ids "
         "attention_mask_type pad_to_multiple_of use_remove_padding",
+        "policies are trained without a load-balancing loss": "moe_router_load_balancing_type moe_aux_loss_coeff seq_aux",
         "the tokenizer and its chat template come from tokenizer_name_or_path": "tokenizer_type tokenizer_not_use_fast "
         "tokenizer_padding_side prompt_type prompt_type_path",
         "columns are found by name; train.parquet is used whole": "split dataset_additional_keys dataloader_type "
@@ -100,7 +101,7 @@ add_qkv_bias attention_bias disable_bias_linear untie_embeddings_and_output_weig
 multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim num_experts n_shared_experts
 moe_ffn_hidden_size moe_intermediate_size first_k_dense_replace moe_layer_freq moe_router_topk moe_router_num_groups
 moe_router_group_topk moe_router_topk_scaling_factor moe_router_score_function moe_router_enable_expert_bias
-moe_router_load_balancing_type moe_aux_loss_coeff norm_topk_prob seq_aux
+norm_topk_prob
 """
 ARCHITECTURE = frozenset(_ARCHITECTURE_KEYS.split())
 """Keys of the megatron sections that describe the model: config.json decides, numbers that differ are an error."""

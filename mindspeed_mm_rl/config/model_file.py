@@ -35,6 +35,19 @@ _TEXT_NUMBERS = {
     "norm_epsilon": "rms_norm_eps",
     "num_experts": "num_experts",
     "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "n_shared_experts": "n_shared_experts",
+    "first_k_dense_replace": "first_k_dense_replace",
+    "moe_router_num_groups": "n_group",
+    "moe_router_group_topk": "topk_group",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",
+    "norm_topk_prob": "norm_topk_prob",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_head_dim": "qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
     "mrope_section": "mrope_section",
 }
 _VISION_NUMBERS = {
@@ -205,8 +218,13 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     text = dict(hf.get("text_config") or hf)
     for rope in (text.get("rope_scaling"), text.get("rope_parameters")):
         text |= {key: rope[key] for key in ("mrope_section", "rope_theta") if rope and key in rope}
-    if text.get("head_dim") is None and text.get("num_attention_heads"):
+    if "kv_lora_rank" in text:
+        # Heads of latent attention have three sizes; what is called head_dim is one of them here and another there.
+        text.pop("head_dim", None)
+    elif text.get("head_dim") is None and text.get("num_attention_heads"):
         text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    if counts := [text[key] for key in ("n_routed_experts", "num_local_experts") if key in text]:
+        text["num_experts"] = counts[0]
     return text
 
 

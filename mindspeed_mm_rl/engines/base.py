@@ -32,7 +32,19 @@ class UpdateRequest:
     num_sequences: float
 
 
-class TrainEngine(Protocol):
+class SharesDevice(Protocol):
+    """State that leaves the device when others are to work there. What an engine is asked to do brings back what that needs."""
+
+    def take_seconds(self) -> dict[str, float]:
+        """What leaving and coming took since this was last asked, by the names of timing metrics."""
+
+
+class Offloads(SharesDevice, Protocol):
+    def offload(self) -> None:
+        """On all ranks at once, and never between gradients and the step that they are for."""
+
+
+class TrainEngine(Offloads, Protocol):
     def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]: ...
 
     def logprobs(self, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
@@ -62,7 +74,7 @@ class TrainEngine(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-class VisionEngine(Protocol):
+class VisionEngine(Offloads, Protocol):
     """A vision encoder in processes of its own. All ranks of a tensor-parallel group make every call with the same pictures."""
 
     def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]: ...
@@ -89,7 +101,7 @@ class TrainedVisionEngine(VisionEngine, Protocol):
         """On all ranks at once. nodes: of all ranks. The handle for readers on this rank's node comes from one rank of each node."""
 
 
-class CriticEngine(Protocol):
+class CriticEngine(Offloads, Protocol):
     def values(self, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
         """{sample_id: value before each of its response tokens [length], float32 on CPU}; as logprobs."""
 
@@ -101,7 +113,10 @@ class CriticEngine(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-class RolloutEngine(Protocol):
+class RolloutEngine(SharesDevice, Protocol):
+    def sleep(self) -> None:
+        """Weights leave the device, keys and values are forgotten, as far as the device has such a mode."""
+
     def generate(self, requests: list[RolloutRequest], images: Images, sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yields each group as soon as its last sample is finished, in finish order."""
 

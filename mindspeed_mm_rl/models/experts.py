@@ -99,7 +99,9 @@ class LocalExperts(SequentialMLP):
 
 def _shards(expert: MLP, prefix: str, metadata: dict[str, Any] | None) -> dict[str, Any]:
     if parallel_state.get_expert_tensor_parallel_world_size() > 1:
-        return expert.sharded_state_dict(prefix, (), metadata)
+        shards = expert.sharded_state_dict(prefix, (), metadata)
+        # Empty, and the same on every tensor-parallel rank.
+        return {name: shard for name, shard in shards.items() if not name.endswith("._extra_state")}
     # 0.12 would cut them by the tensor-parallel ranks of other weights.
     return {name: ShardedTensor.from_rank_offsets(name, weight) for name, weight in expert.named_parameters(prefix.removesuffix("."))}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm_rl.models.attention import PackedLayout
 from mindspeed_mm_rl.models.context_parallel import context_share
 from mindspeed_mm_rl.models.families import Architecture
 from mindspeed_mm_rl.models.gpt import ModelOptions, Stage, TextDecoder, text_config
+from mindspeed_mm_rl.models.mm_module import MMModule
 from mindspeed_mm_rl.models.rank_pieces import Grid
 from mindspeed_mm_rl.models.rope import mrope_positions, rotary
 from mindspeed_mm_rl.models.vision import ImageEncoder
@@ -60,7 +60,7 @@ class FrozenParts:
     """False: pictures come encoded, and the network has neither of the two."""
 
 
-class Network(MegatronModule):
+class Network(MMModule):
     """consumes: packed token ids, a PackedLayout, image features. produces: states before the head, image features."""
 
     decoder_class: type[TextDecoder] = TextDecoder
@@ -141,28 +141,6 @@ class Network(MegatronModule):
             raise ValueError(f"{int(is_image.sum())} image tokens in the pack, but {given} image features were given")
         return is_image
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Parameters, and what else a checkpoint holds, by their names in this stage's own files; a tied head has none."""
-        return {name: value for name, value in self.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
-
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copies tensors by the names of `weights` to their places, cast to their dtype.
-
-        Raises ValueError naming what is missing, unexpected, or of another shape; nothing is copied then.
-        """
-        own = self.weights()
-        missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-        if missing or unexpected:
-            raise ValueError(
-                f"weights don't fit the {self.architecture.model_type} model: missing {missing[:5]}, unexpected {unexpected[:5]}"
-            )
-        for name, parameter in own.items():
-            if parameter.shape != weights[name].shape:
-                raise ValueError(f"{name}: the model wants shape {tuple(parameter.shape)}, the weights have {tuple(weights[name].shape)}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
-
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor | None]) -> None:
         """Megatron's schedules hand a pipeline stage its input here."""
         self.text_decoder.set_input_tensor(input_tensor)
@@ -173,10 +151,6 @@ class Network(MegatronModule):
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         return self.text_decoder.shared_embedding_or_output_weight()
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """For megatron's dist_checkpointing; one entry per layer, so that the names in the file are the MM names."""
-        return super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), "non_homogeneous_layers": True})
 
 
 class Policy(Network):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm_rl.models.families import Architecture
 from mindspeed_mm_rl.models.gpt import ModelOptions
+from mindspeed_mm_rl.models.mm_module import MMModule
 from mindspeed_mm_rl.models.names import Entry, entries
 from mindspeed_mm_rl.models.placement import Piece
 from mindspeed_mm_rl.models.rank_pieces import Grid, GridPlace, chunk_pieces
@@ -18,11 +17,8 @@ from mindspeed_mm_rl.models.weight_sources import VISION_PARTS
 from mindspeed_mm_rl.types import GridTHW
 
 
-class VisionTower(MegatronModule):
+class VisionTower(MMModule):
     def __init__(self, architecture: Architecture, options: ModelOptions, freeze_vision: bool, freeze_projector: bool) -> None:
-        """Raises ValueError for a model without a vision encoder."""
-        if architecture.vision is None:
-            raise ValueError(f"a {architecture.model_type} model has no vision encoder")
         super().__init__(config=vision_config(architecture.vision, options))
         self.architecture = architecture
         self.image_encoder = ImageEncoder(architecture.vision, options, freeze_vision, freeze_projector)
@@ -30,19 +26,6 @@ class VisionTower(MegatronModule):
     def encode_images(self, pixel_values: torch.Tensor, grids: Sequence[GridTHW]) -> torch.Tensor:
         """As Network.encode_images."""
         return self.image_encoder(pixel_values, grids)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return dict(self.named_parameters())
-
-    @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """weights: of `vision_pieces` for this rank."""
-        for name, parameter in self.weights().items():
-            parameter.copy_(weights[name])
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """For megatron's dist_checkpointing; one entry per layer, as in a policy's save."""
-        return super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), "non_homogeneous_layers": True})
 
 
 def vision_entries(architecture: Architecture) -> list[Entry]:

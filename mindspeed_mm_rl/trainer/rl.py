@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,20 +74,25 @@ class RLTrainer:
         record = record_of(self.plan, self.recipe, collected, batch, updates, clock) | {
             "actor/kl_coef": self.kl.coef,
             "rollout/replaced_replicas": float(self.rollout.take_replaced()),
+            **self.trainers.take_metrics(),
         }
         if updates.actor:
             self.kl.update(record["actor/kl_in_reward" if self.recipe.kl_in_reward else "actor/kl_loss"], len(batch))
         return record
 
     def update(self, step: int, batch: Batch, images: list[Any], clock: Stopwatch) -> Updates:
-        """One optimizer step of critic and actor per mini-batch, of the critic alone in its warm-up."""
-        updates = Updates()
+        """One optimizer step of critic and actor per mini-batch, of the critic alone in its warm-up.
+
+        All steps of the critic come first: neither looks at the other, and each may have to leave the device for the other.
+        """
+        updates, minis = Updates(), list(mini_batches(batch, self.plan.run, step))
         policy_loss, value_loss = self.recipe.policy_loss(self.kl.coef), self.recipe.value_loss
-        for mini in tqdm(list(mini_batches(batch, self.plan.run, step)), desc="update", unit="mini-batch", disable=None, leave=False):
-            if self.recipe.needs_critic:
+        if self.recipe.needs_critic:
+            for mini in _shown(minis, "update of the critic"):
                 with clock.measure("update_critic"):
                     updates.critic.append((len(mini), self.trainers.critic.update(mini, images, value_loss)))
-            if step > self.plan.run.critic_warmup:
+        if step > self.plan.run.critic_warmup:
+            for mini in _shown(minis, "update"):
                 with clock.measure("update"):
                     updates.actor.append((len(mini), self.trainers.actor.update(mini, images, policy_loss)))
         return updates
@@ -94,3 +100,8 @@ class RLTrainer:
     def publish(self, policy_version: int) -> None:
         """Returns when every replica has taken the weights: only then may they be written again."""
         self.rollout.receive_weights(self.trainers.actor.publish_weights(), policy_version)
+
+
+def _shown(minis: Sequence[Batch], doing: str) -> Iterable[Batch]:
+    """With a bar on a terminal."""
+    return tqdm(minis, desc=doing, unit="mini-batch", disable=None, leave=False)

@@ -16,7 +16,7 @@ from mindspeed_mm_rl.data.packing import balanced_shares
 from mindspeed_mm_rl.engines.base import PolicyLoss, ValueLoss
 from mindspeed_mm_rl.models.saved_weights import VISION_FOLDER
 from mindspeed_mm_rl.models.weight_files import ACTOR_FOLDER, CRITIC_FOLDER
-from mindspeed_mm_rl.types import Batch, ImageInput
+from mindspeed_mm_rl.types import Batch, ImageInput, PhaseReport
 from mindspeed_mm_rl.weights.host import NodeHandles
 from mindspeed_mm_rl.workers import encoding, placement
 from mindspeed_mm_rl.workers.actor import ActorWorker
@@ -42,6 +42,7 @@ class TrainGroup:
     def __init__(self, slots: placement.Slots, plan: Plan, worker: type, train: TrainPlan, **engine_options: bool) -> None:
         """Starts the processes and does not wait for them; `ready` does."""
         self.slots, self.train, self.timeout = slots, train, plan.run.timeout_seconds
+        self.turns, earlier = slots.turns, slots.turns.earlier()
         variables = dict(plan.runtime_env) | {"OMP_NUM_THREADS": str(train.threads)}
         self.workers = [
             placement.spawn(slots, worker, rank, variables, plan=train, rank=rank, world_size=slots.count, **engine_options)
@@ -49,7 +50,8 @@ class TrainGroup:
         ]
         self._greetings = [worker.alive.remote() for worker in self.workers]
         meeting_point = self.workers[0].meeting_point.remote()
-        self._started = [worker.start.remote(meeting_point) for worker in self.workers]
+        self._started = [worker.start.remote(meeting_point, *earlier) for worker in self.workers]
+        self.turns.starting(self._started)
         self.members: list[Member] = []
         self._pulse = Pulse([])
 
@@ -61,21 +63,35 @@ class TrainGroup:
         return answers(calls, start_bound(self.timeout), f"start of the {self.name}")[0]
 
     def save(self, folder: str) -> None:
+        self.turns.take("", self)
         self._all("save", lambda worker, _: worker.save.remote(folder))
 
     def load(self, folder: str) -> None:
+        self.turns.take("", self)
         self._all("load", lambda worker, _: worker.load.remote(folder))
 
     def check_alive(self, doing: str) -> None:
         """Without waiting; for phases in which others work. Raises WorkerDied."""
         self._pulse.check(doing)
 
-    def peak_memory(self) -> int:
-        return sum(self._all("memory report", lambda worker, _: worker.peak_memory.remote()))
+    def rest(self) -> None:
+        """See Turns. Nothing is asked of processes whose state stays where it is."""
+        if self.train.offload:
+            self._all("offload", lambda worker, _: worker.offload.remote())
+
+    def phase_reports(self) -> list[PhaseReport]:
+        return self._all("memory report", lambda worker, _: worker.phase_report.remote())
 
     def _all(self, doing: str, call: Callable[[Any, int], Any], about: list[str] | None = None) -> list[Any]:
         calls = [Call(m, call(m.actor, rank), about[rank] if about else "") for rank, m in enumerate(self.members)]
         return answers(calls, self.timeout, doing)
+
+    def _published(self) -> NodeHandles:
+        """Returns when the buffers of all nodes are whole."""
+        self.turns.take("resharding_to_infer", self)
+        nodes = [member.node for member in self.members]
+        handles = self._all("weight push", lambda worker, _: worker.publish_weights.remote(nodes))
+        return {node: handle for node, handle in zip(nodes, handles, strict=True) if handle is not None}
 
     def _by_sample(self, doing: str, verb: str, batch: Batch, images: list[Any]) -> dict[int, torch.Tensor]:
         import ray
@@ -114,19 +130,26 @@ class ActorGroup(TrainGroup):
         )  # fmt: skip
 
     def encode(self, images: dict[str, ImageInput]) -> EncodedTables:
+        self.turns.take("image_embeds", self)
         return encoding.encode(self.members, self.train, images, self.timeout)
 
     def logprobs(self, batch: Batch, images: list[Any]) -> dict[int, torch.Tensor]:
+        self.turns.take("old_log_p", self)
         return self._by_sample("log-probs", "logprobs", batch, images)
 
     def ref_logprobs(self, batch: Batch, images: list[Any]) -> dict[int, torch.Tensor]:
+        self.turns.take("reference_model", self)
         return self._by_sample("reference log-probs", "ref_logprobs", batch, images)
 
     def update(self, batch: Batch, images: list[Any], policy_loss: PolicyLoss) -> dict[str, float]:
+        self.turns.take("update", self)
         return self._updated("update", batch, images, policy_loss)
 
     def gradients(self, batch: Batch, images: list[Any], policy_loss: PolicyLoss) -> tuple[dict[str, float], list[Any]]:
-        """The metrics of an update up to its step, and object refs of tables of gradients by features, in the order of ranks."""
+        """The metrics of an update up to its step, and object refs of tables of gradients by features, in the order of ranks.
+
+        Between the two nobody else may have the devices, so the caller takes the turn.
+        """
         import ray
 
         shares, ref, totals = self._shares(batch), ray.put(batch), _totals(batch)
@@ -143,10 +166,7 @@ class ActorGroup(TrainGroup):
         return self._all("update", lambda worker, _: worker.step.remote(grad_norm))[-1]
 
     def publish_weights(self) -> NodeHandles:
-        """Returns when the buffers of all nodes are whole."""
-        nodes = [member.node for member in self.members]
-        handles = self._all("weight push", lambda worker, _: worker.publish_weights.remote(nodes))
-        return {node: handle for node, handle in zip(nodes, handles, strict=True) if handle is not None}
+        return self._published()
 
 
 class CriticGroup(TrainGroup):
@@ -158,9 +178,11 @@ class CriticGroup(TrainGroup):
         super().__init__(slots, plan, CriticWorker, plan.critic)
 
     def values(self, batch: Batch, images: list[Any]) -> dict[int, torch.Tensor]:
+        self.turns.take("critic_model", self)
         return self._by_sample("values of the critic", "values", batch, images)
 
     def update(self, batch: Batch, images: list[Any], value_loss: ValueLoss) -> dict[str, float]:
+        self.turns.take("update_critic", self)
         return self._updated("update of the critic", batch, images, value_loss)
 
 
@@ -181,6 +203,10 @@ class Trainers:
         """Under the names of their folders in a save."""
         groups = {ACTOR_FOLDER: self.actor, VISION_FOLDER: self.vision, CRITIC_FOLDER: self.critic}
         return {name: group for name, group in groups.items() if group is not None}
+
+    def take_metrics(self) -> dict[str, float]:
+        """Of memory, see Turns."""
+        return self.actor.turns.take_metrics()
 
     def check_alive(self, doing: str) -> None:
         for group in self.by_folder().values():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import RunPlan
 from mindspeed_mm_rl.platforms import env, processes, signals
 from mindspeed_mm_rl.workers.calls import Call, answers, start_bound
 from mindspeed_mm_rl.workers.failure import Member
+from mindspeed_mm_rl.workers.turns import Turns
 
 _OBJECT_STORE_BYTES_ON_CPU = 512 << 20
 _DEVICE_SHARE, _CPU_SHARE = 0.25, 0.5
@@ -29,6 +30,8 @@ class Slots:
     session_folder: str
     """Ray's files on this machine."""
     is_own_cluster: bool
+    turns: Turns = field(default_factory=Turns)
+    """Who works on them."""
 
 
 def start(run: RunPlan) -> Slots:
@@ -56,7 +59,8 @@ def start(run: RunPlan) -> Slots:
             "lower actor_resource.num_npus or add nodes"
         )
     info = context.address_info
-    return Slots(group, run.device, run.num_devices, info["node_ip_address"], info["session_dir"], is_own_cluster=not address)
+    turns = Turns(start_together=run.device == "cpu")
+    return Slots(group, run.device, run.num_devices, info["node_ip_address"], info["session_dir"], not address, turns)
 
 
 def stop() -> None:

@@ -16,7 +16,7 @@ from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.data.packing import balanced_shares
 from mindspeed_mm_rl.engines.vllm.environment import rollout_env
 from mindspeed_mm_rl.platforms import signals
-from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest, Sampling
+from mindspeed_mm_rl.types import PhaseReport, RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.weights.host import NodeHandles
 from mindspeed_mm_rl.workers import placement
 from mindspeed_mm_rl.workers.calls import Call, answers, numbered, silent, start_bound, to_blame
@@ -44,7 +44,8 @@ class Replica:
         ]
         self._greetings = [worker.alive.remote() for worker in self.workers]
         meeting_point = self.workers[0].meeting_point.remote() if size > 1 else None
-        self._started = [worker.start.remote(meeting_point) for worker in self.workers]
+        earlier = slots.turns.earlier()
+        self._started = [worker.start.remote(meeting_point, *earlier) for worker in self.workers]
         self.members: list[Member] = []
 
     def ready(self) -> None:
@@ -53,6 +54,10 @@ class Replica:
         self.members = [replace(member, number=self.number, rank=rank) for member, rank in zip(found, ranks, strict=True)]
         calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
         answers(calls, start_bound(self._timeout), "start of the rollout engine")
+
+    def calls(self, verb: str) -> list[Call]:
+        """verb: of the workers, without arguments."""
+        return [Call(member, getattr(member.actor, verb).remote()) for member in self.members]
 
     def receive_weights(self, handles: NodeHandles, policy_version: int) -> list[Call]:
         """handles: of every node on which a process trains. Raises ValueError when there is none on a node of this replica."""
@@ -150,6 +155,7 @@ class RolloutGroupStream:
     def ready(self) -> None:
         for replica in self._replicas:
             replica.ready()
+        self.rest()
 
     def generate(self, requests: list[RolloutRequest], images: list[Any], sampling: Sampling | None = None) -> Iterator[RolloutGroup]:
         """Yields groups in finish order. sampling: other than training's.
@@ -159,6 +165,7 @@ class RolloutGroupStream:
         import ray
 
         sampling = sampling or self._training
+        self.slots.turns.take("" if sampling.stream else "rollout", self)
         doing = sampling.stream or "rollout"
         shares_of = dealt(requests, self.plan.rollout.max_tokens, len(self._replicas))
         shares = [_Share(replica, own, images, sampling) for replica, own in zip(self._replicas, shares_of, strict=True) if own]
@@ -191,6 +198,7 @@ class RolloutGroupStream:
 
     def receive_weights(self, handles: NodeHandles, policy_version: int) -> None:
         """Returns when every replica has copied the weights."""
+        self.slots.turns.take("resharding_to_infer", self)
         self._pushed = (handles, policy_version)
         under_way = [(replica, replica.receive_weights(handles, policy_version)) for replica in self._replicas]
         for replica, calls in under_way:
@@ -204,9 +212,22 @@ class RolloutGroupStream:
         count, self._replaced_before = self._replaced - self._replaced_before, self._replaced
         return count
 
-    def peak_memory(self) -> int:
-        calls = [Call(member, member.actor.peak_memory.remote()) for member in self.members]
-        return sum(answers(calls, self.timeout, "memory report"))
+    def rest(self) -> None:
+        """See Turns."""
+        self._all("sleep", "sleep of the rollout engine")
+
+    def phase_reports(self) -> list[PhaseReport]:
+        return self._all("phase_report", "memory report")
+
+    def _all(self, verb: str, doing: str) -> list[Any]:
+        """Answers of all processes; for a replica that has died its successor answers."""
+        found = []
+        for replica, calls in [(replica, replica.calls(verb)) for replica in self._replicas]:
+            try:
+                found += answers(calls, self.timeout, doing)
+            except WorkerDied as death:
+                found += answers(self._replace(replica, death).calls(verb), self.timeout, doing)
+        return found
 
     def _replace(self, replica: Replica, death: WorkerDied) -> Replica:
         """Raises WorkerFailed when too many have died, or when the new one cannot start."""

@@ -20,14 +20,17 @@ class RolloutWorker(RankWorker):
         super().__init__(rank, plan.tensor_parallel_size, plan.timeout_seconds)
         self.plan, self.seed = plan, seed
 
-    def start(self, meeting_point: tuple[str, int] | None) -> None:
-        """meeting_point: None for a replica of one process."""
+    def start(self, meeting_point: tuple[str, int] | None, *_: Any) -> None:
+        """meeting_point: None for a replica of one process. Further arguments are only waited for."""
         from mindspeed_mm_rl.engines.vllm import ranks
         from mindspeed_mm_rl.engines.vllm.engine import VllmRolloutEngine
 
         if meeting_point is not None:
             ranks.join(self.meet(meeting_point), self.rank, self.world_size, self.timeout_seconds)
         self.engine = VllmRolloutEngine(self.plan, self.seed)
+
+    def sleep(self) -> None:
+        self.engine.sleep()
 
     def generate(self, requests: list[RolloutRequest], images: list[Any], sampling: Sampling) -> Iterator[RolloutGroup]:
         """images: object refs of picture tables."""

@@ -19,8 +19,8 @@ class TrainWorker(RankWorker, ABC):
         super().__init__(rank, world_size, plan.timeout_seconds)
         self.plan, self.engine_options = plan, engine_options
 
-    def start(self, meeting_point: tuple[str, int]) -> int:
-        """Builds the engine; returns the number of trainable parameters."""
+    def start(self, meeting_point: tuple[str, int], *_: Any) -> int:
+        """Builds the engine; returns the number of trainable parameters. Further arguments are only waited for."""
         # Imported here: the platform must adapt megatron before it is first imported.
         from mindspeed_mm_rl.platforms import device
 
@@ -33,11 +33,16 @@ class TrainWorker(RankWorker, ABC):
 
         process_groups.initialize(plan, self.rank, self.world_size, self.meet(meeting_point))
         self.engine = self.new_engine()
+        self.engine.offload()
+        device.reset_peak_memory()
         return sum(p.numel() for network in self.engine.networks for p in network.parameters() if p.requires_grad)
 
     @abstractmethod
     def new_engine(self) -> Any:
         """Called when the process groups are there."""
+
+    def offload(self) -> None:
+        self.engine.offload()
 
     def save(self, folder: str) -> None:
         self.engine.save(Path(folder))

@@ -47,5 +47,5 @@ class TrainedVisionWorker(VisionWorker):
     def step(self, grad_norm: float) -> dict[str, float]:
         return self.engine.step(grad_norm)
 
-    def publish_weights(self) -> WeightHandle:
-        return self.engine.publish_weights()
+    def publish_weights(self, nodes: list[str]) -> WeightHandle | None:
+        return self.engine.publish_weights(nodes)

@@ -13,6 +13,7 @@ import torch
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.engines.base import PolicyLoss
 from mindspeed_mm_rl.types import Batch, ImageInput
+from mindspeed_mm_rl.weights.host import NodeHandles, joined
 from mindspeed_mm_rl.workers import encoding, placement
 from mindspeed_mm_rl.workers.calls import Call, answers
 from mindspeed_mm_rl.workers.encoding import EncodedTables
@@ -30,6 +31,7 @@ class VisionGroup(TrainGroup):
         super().__init__(slots, plan, VisionWorker, plan.vision)
 
     def encode(self, images: dict[str, ImageInput]) -> EncodedTables:
+        self.turns.take("image_embeds", self)
         return encoding.encode(self.members, self.train, images, self.timeout)
 
 
@@ -38,6 +40,7 @@ class TrainedVisionGroup(VisionGroup):
         TrainGroup.__init__(self, slots, plan, TrainedVisionWorker, plan.vision, with_reference=plan.needs_reference)
 
     def ref_encode(self, images: dict[str, ImageInput]) -> EncodedTables:
+        self.turns.take("image_embeds", self)
         return encoding.encode(self.members, self.train, images, self.timeout, verb="ref_encode")
 
     def backward(self, images: dict[str, ImageInput], gradients: list[Any]) -> float:
@@ -50,6 +53,9 @@ class TrainedVisionGroup(VisionGroup):
 
     def step(self, grad_norm: float) -> None:
         self._all("update of the vision encoder", lambda worker, _: worker.step.remote(grad_norm))
+
+    def publish_weights(self) -> NodeHandles:
+        return self._published()
 
 
 class ActorBesideVision(ActorGroup):
@@ -67,11 +73,17 @@ class ActorBesideVision(ActorGroup):
 
     def update(self, batch: Batch, images: list[Any], policy_loss: PolicyLoss) -> dict[str, float]:
         pixels = pixels_of(batch, images)
-        metrics, gradients = self.gradients(batch, self.vision.encode(pixels).tables(), policy_loss)
+        features = self.vision.encode(pixels).tables()
+        # Together to the end: gradients of the one are there while the other's are made.
+        self.turns.take("update", self, self.vision)
+        metrics, gradients = self.gradients(batch, features, policy_loss)
         # As if both were one network: neither knows what the other's gradient is.
         norm = math.hypot(metrics["grad_norm"], self.vision.backward(pixels, gradients))
         self.vision.step(norm)
         return metrics | self.step(norm)
+
+    def publish_weights(self) -> NodeHandles:
+        return joined(super().publish_weights(), self.vision.publish_weights())
 
 
 def pixels_of(batch: Batch, images: list[Any]) -> dict[str, ImageInput]:

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
+    from mindspeed_mm_rl.types import PhaseReport
+
 
 class Worker:
     """A subclass keeps its arguments and builds its engine in `start`, so that a worker can say who it is before that, which is long
     and may fail, and an exception of it arrives as it was raised."""
+
+    engine: Any
 
     def alive(self) -> tuple[int, str]:
         """Process id and node."""
@@ -20,11 +24,14 @@ class Worker:
 
         return os.getpid(), ray.util.get_node_ip_address()
 
-    def peak_memory(self) -> int:
-        """Bytes."""
+    def phase_report(self) -> PhaseReport:
+        """Since the last one."""
         from mindspeed_mm_rl.platforms import device
+        from mindspeed_mm_rl.types import PhaseReport
 
-        return device.peak_memory_bytes()
+        report = PhaseReport(device.peak_memory_bytes(), self.engine.take_seconds())
+        device.reset_peak_memory()
+        return report
 
 
 class RankWorker(Worker):

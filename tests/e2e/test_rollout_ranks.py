@@ -123,7 +123,9 @@ def test_a_replica_is_replaced_whichever_of_its_ranks_dies_and_a_stopped_one_is_
     slots: placement.Slots, tiny_text: Path, handle: WeightHandle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = whole_plan(tiny_text, tiny_text, tmp_path)
-    plan = replace(plan, rollout=replace(plan.rollout, tensor_parallel_size=2), run=replace(plan.run, samples_per_prompt=SAMPLES))
+    # Long enough to be met in the midst.
+    rollout_of_two = replace(plan.rollout, tensor_parallel_size=2, max_tokens=100)
+    plan = replace(plan, rollout=rollout_of_two, run=replace(plan.run, samples_per_prompt=SAMPLES))
     rollout = RolloutGroupStream(slots, plan)
     rollout.ready()
     rollout.receive_weights({slots.node: handle}, 1)

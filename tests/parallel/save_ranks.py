@@ -17,6 +17,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_parallel_size": 2},
     "dp2": {"use_distributed_optimizer": True},
     "tp2_sharded_optimizer": {"tensor_parallel_size": 2, "expert_tensor_parallel_size": 2, "use_distributed_optimizer": True},
+    "ep2": {"expert_parallel_size": 2},
+    "tp2_experts": {"tensor_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
     "vpp2": {"pipeline_parallel_size": 2, "pipeline_layers": ((1, 1), (1, 1))},
 }
 STEPS = 2

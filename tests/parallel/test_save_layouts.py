@@ -43,6 +43,22 @@ def test_converted_files_of_two_ranks_train_on_two(model: Path, tmp_path: Path):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("layout", ["ep2", "tp2_experts"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_save_of_dealt_experts_is_exported(family: str, layout: str, tmp_path: Path):
+    """The step behind the save reports the same loss when its weights come back as a Hugging Face folder."""
+    model = make_tiny_text(tmp_path / "model", family=family)
+    torch.multiprocessing.spawn(run, args=(2, model, tmp_path, [(layout, None, "save")]), nprocs=2)
+    [straight] = torch.load(tmp_path / "answers.pt", weights_only=True)
+    split = {"llm_pp_layers": [2], "vit_pp_layers": [0], "tp_size": 1}
+    options = {"save_hf_dir": tmp_path / "hf", "mm_dir": tmp_path / "save", "hf_config.hf_dir": model}
+    assert converting.run("mm_to_hf", **options, **{f"parallel_config.{key}": value for key, value in split.items()}) == 0
+    torch.multiprocessing.spawn(run, args=(1, model, tmp_path, [("one", None, None)], tmp_path / "hf"), nprocs=1)
+    [exported] = torch.load(tmp_path / "answers.pt", weights_only=True)
+    expected = {name: value for name, value in straight[STEPS].items() if name != "lr"}
+    assert {name: exported[0][name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 def test_an_optimizer_of_another_form_is_refused(tmp_path: Path, one_rank: None):
     from mindspeed_mm_rl.engines.megatron.saves import OptimizerForm
 

@@ -175,10 +175,6 @@ NOT_OFFERED = {
     "rl_config.multi_turn_enable=true": (
         "rl_config.multi_turn_enable: True isn't offered in this version; set it to false: one response per prompt"
     ),
-    "rl_config.actor_resource.num_npus=2 actor_config.context_parallel_size=2": (
-        "actor_config.context_parallel_size: 2 isn't offered in this version, which trains data-parallel only; set it to 1 (add "
-        "actor_config.context_parallel_size=1)"
-    ),
     "reward_config.load=x": (
         "section reward_config isn't offered: give a sequence classifier's folder in rl_config.reward_model and name reward_model in "
         "rl_config.verifier_function"
@@ -204,6 +200,22 @@ AGAINST_FILES = {
     ),
     "megatron_training.num_layers=99": (
         "megatron_training.num_layers is 99, but num_hidden_layers in {model}/config.json is 2; config.json decides"
+    ),
+    "rl_config.actor_resource.num_npus=2 actor_config.expert_model_parallel_size=2": (
+        "actor_config.expert_model_parallel_size (2) needs a mixture of experts, which {model}/config.json isn't; set it to 1 (and "
+        "moe_tp_extend_ep to false)"
+    ),
+    "rl_config.actor_resource.num_npus=2 actor_config.pipeline_model_parallel_size=2 actor_config.num_layer_list=2,1": (
+        "actor_config.num_layer_list [2, 1] sums to 3, but the model has 2 layers; '1,1' would do"
+    ),
+    "rl_config.actor_resource.num_npus=2 actor_config.virtual_pipeline_model_parallel_size=2": (
+        "actor_config.virtual_pipeline_model_parallel_size (2) needs actor_config.pipeline_model_parallel_size > 1, which is 1: virtual "
+        "stages alternate over pipeline ranks; remove it, or set pipeline_model_parallel_size to 2 or more"
+    ),
+    "rl_config.actor_resource.num_npus=3 actor_config.context_parallel_size=3": (
+        "actor_config.context_parallel_size (3) must divide num_attention_heads / tensor_model_parallel_size (4 / 1 = 4), and divide or be "
+        "a multiple of the key/value heads left (2), with ulysses_cp_algo; 1, 2 or 4 would do, or any size with "
+        "actor_config.context_parallel_algo megatron_cp_algo"
     ),
     "rl_config.max_prompt_length=100000": (
         "generate_config.max_model_len (100008; unless given, rl_config.max_prompt_length + max_tokens) must be <= max_position_embeddings "

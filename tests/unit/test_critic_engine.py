@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from checkpoint.convert import hf_to_mm
+from checkpoint.options import FormatOptions, HfConfig, HfToMmOptions, ParallelConfig
 from mindspeed_mm_rl.algorithms.losses import ValueLossSettings, clipped_value_loss
 from mindspeed_mm_rl.data.images import expand_image_tokens, pixel_values, prepare, read_image_settings
 from mindspeed_mm_rl.engines.base import UpdateRequest
@@ -240,3 +242,34 @@ def test_a_frozen_vision_encoder_is_the_actors(tiny_vl: Path, tmp_path: Path) ->
     other = make_tiny_vl(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"vision encoder is frozen, but image_encoder\.\S+ in .*other differs .*freeze: false"):
         check_same_vision(other, tiny_vl, config)
+
+
+@pytest.mark.parametrize("style", ["mm", "mcore"])
+def test_weights_split_over_ranks_are_put_together(
+    make_engine: MakeEngine, tiny_text: Path, reward_model: Path, text_batch: Batch, tmp_path: Path, style: str
+) -> None:
+    config = read_config(tiny_text)
+    for source in (tiny_text, reward_model):
+        ranks = in_ranks(source, tmp_path / source.name, style)
+        assert check_value_weights(ranks, config).kind == "ranks"
+        whole, found = read_value_weights(source, config), read_value_weights(ranks, config)
+        assert whole.keys() == found.keys() and all(torch.equal(whole[name], tensor) for name, tensor in found.items())
+    engines = [make_engine(tiny_text, load=str(folder)) for folder in (reward_model, ranks)]
+    expected, values = (engine.values(text_batch, range(len(text_batch)), {}) for engine in engines)
+    assert all(row.any() and torch.equal(row, values[sample_id]) for sample_id, row in expected.items())
+
+
+def test_a_frozen_vision_encoder_is_compared_across_ranks(tiny_vl: Path, tmp_path: Path) -> None:
+    config = read_config(tiny_vl)
+    ranks = in_ranks(tiny_vl, tmp_path / "ranks")
+    check_same_vision(ranks, tiny_vl, config)
+    check_same_vision(tiny_vl, ranks, config)
+    with pytest.raises(ValueError, match="vision encoder is frozen"):
+        check_same_vision(ranks, make_tiny_vl(tmp_path / "other", seed=1), config)
+
+
+def in_ranks(source: Path, target: Path, style: str = "mm") -> Path:
+    """The model split over two tensor and two pipeline ranks."""
+    layout = ParallelConfig(tp_size=2, llm_pp_layers=[1, 1])
+    hf_to_mm(HfToMmOptions(str(target), HfConfig(str(source)), layout, format=FormatOptions(style)))
+    return target

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mindspeed_mm_rl.config.model_file import compare_architecture
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.names import entries
 from mindspeed_mm_rl.models.rope_scaling import LinearScaling
@@ -157,6 +158,25 @@ def test_published_config(tmp_path: Path):
         "num_nextn_predict_layers 1 isn't used: layers that predict further tokens are neither loaded nor trained nor saved",
     )
     assert sum(torch.Size(shape).numel() for entry in entries(DEEPSEEK_R1) for shape in entry.hf_shapes) == 671_026_419_200
+
+
+def test_numbers_of_a_yaml_are_compared_under_deepseeks_names():
+    """kv_channels says nothing here: heads have three sizes."""
+    right = {
+        "num_layers": 61,
+        "num_experts": 256,
+        "moe_ffn_hidden_size": 2048,
+        "moe_router_num_groups": 8,
+        "moe_router_topk_scaling_factor": 2.5,
+        "qk_head_dim": 128,
+        "qk_pos_emb_head_dim": 64,
+        "kv_channels": 128,
+    }
+    compare_architecture({}, right, DEEPSEEK_R1, "hf")
+    with pytest.raises(ValueError, match="megatron_training.qk_head_dim is 192, but qk_nope_head_dim in hf/config.json is 128"):
+        compare_architecture({}, right | {"qk_head_dim": 192}, DEEPSEEK_R1, "hf")
+    with pytest.raises(ValueError, match="megatron_training.num_experts is 128, but num_experts in hf/config.json is 256"):
+        compare_architecture({}, right | {"num_experts": 128}, DEEPSEEK_R1, "hf")
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,9 @@ class NetworkEngine:
         """Gives the device to others, as far as plan.offload goes. Whatever is asked next brings back what it needs."""
         self.state.hold()
 
+    def take_seconds(self) -> dict[str, float]:
+        return self.state.take_seconds()
+
     @property
     def network(self) -> Any:
         """The last virtual stage's: of the pipeline's last rank the one with the head."""

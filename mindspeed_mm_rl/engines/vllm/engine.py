@@ -7,6 +7,7 @@ log-probs of exactly this distribution ("processed"), and the trainer's head com
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +48,32 @@ class VllmRolloutEngine:
         import_model_class(plan.hf_path)
         self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture.vision is not None))
         weights.open_receiver(self._llm)
+        self._is_asleep = False
+        self._seconds: dict[str, float] = {}
         self._pace = ranks.Pace(plan)
+
+    def sleep(self) -> None:
+        """Weights go to the host, keys and values are forgotten; on CPU nothing moves. The next call wakes the engine."""
+        start = time.perf_counter()
+        self._idle().sleep(level=1)
+        self._is_asleep = True
+        self._count("offload", start)
+
+    def _awake(self) -> LLM:
+        llm, start = self._idle(), time.perf_counter()
+        if self._is_asleep:
+            llm.wake_up()
+            self._is_asleep = False
+            self._count("onload", start)
+        return llm
+
+    def _count(self, what: str, start: float) -> None:
+        self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def take_seconds(self) -> dict[str, float]:
+        """Of sleeping and waking since this was last asked."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         """Copies the weights and drops every cache that the old ones filled.
@@ -55,7 +81,7 @@ class VllmRolloutEngine:
         A frozen vision tower may stay out of every push but the first; with image_embeds the engine has none and ignores it.
         Raises ValueError, with the engine as it was, when tensors are missing, unknown or of another shape.
         """
-        llm = self._idle()
+        llm = self._awake()
         has_tower = self._architecture.vision is not None and not self._plan.image_embeds
         needs_tower = has_tower and (self._version is None or holds_vision(handle))
         check_complete(handle, self._architecture.raw, PARTS if needs_tower else ("text",))
@@ -68,7 +94,7 @@ class VllmRolloutEngine:
         Raises ValueError (naming the prompt) for a prompt that doesn't fit, an image that is missing, or image tokens that the
         engine counts differently from the loader.
         """
-        llm = self._idle()
+        llm = self._awake()
         engine, version, num_samples = llm.llm_engine, self._version, sampling.num_samples
         if version is None:
             raise ValueError("rollout: no weights have been received yet; call receive_weights before generate")
@@ -227,6 +253,7 @@ def _engine_arguments(plan: RolloutPlan, seed: int, has_vision: bool) -> dict[st
         # After bans and temperature, as the trainer computes them.
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        "enable_sleep_mode": current_platform.is_sleep_mode_available(),
     }
     arguments |= ranks.engine_arguments(plan)
     return arguments | (_cpu_arguments(plan) if current_platform.is_cpu() else {}) | (_picture_arguments(plan) if has_vision else {})

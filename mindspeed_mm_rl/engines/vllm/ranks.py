@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
-from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from mindspeed_mm_rl.platforms import compat, device, env
 
@@ -33,27 +32,22 @@ def join(store: dist.TCPStore, rank: int, size: int, timeout_seconds: float) -> 
     dist.init_process_group(device.collective_backend(), store=store, rank=rank, world_size=size, timeout=timeout)
 
 
-class LaunchedRank(ExecutorWithExternalLauncher):
-    """vLLM's executor for processes that somebody else has started, on CPU with process groups alone.
-
-    vLLM's own all-reduce goes through a file in /dev/shm, under a name that is the same for every job of a machine and stays there after a
-    kill, so that the next job fails; and it waits for a dead rank for ever. It falls back to gloo where ranks don't agree on the name.
-    """
-
-    def _distributed_args(self) -> tuple[str, int, int]:
-        method, rank, local_rank = super()._distributed_args()
-        return f"{method}:rank-{rank}", rank, local_rank
-
-
 def engine_arguments(plan: RolloutPlan) -> dict[str, Any]:
-    """None for an engine of one process."""
+    """{} for an engine of one process."""
     if plan.tensor_parallel_size == 1:
         return {}
     seconds = math.ceil(plan.timeout_seconds)
     # Groups that vLLM makes ignore the bound of the world. Old versions have none to give.
     bounds = compat.supported_arguments(EngineArgs, {"distributed_timeout_seconds": seconds, "cpu_distributed_timeout_seconds": seconds})
-    launcher = LaunchedRank if current_platform.is_cpu() else "external_launcher"
-    return {"tensor_parallel_size": plan.tensor_parallel_size, "distributed_executor_backend": launcher, **bounds}
+    return {"tensor_parallel_size": plan.tensor_parallel_size, "distributed_executor_backend": _launcher(), **bounds}
+
+
+def _launcher() -> Any:
+    if not current_platform.is_cpu():
+        return "external_launcher"
+    from mindspeed_mm_rl.engines.vllm.cpu_executor import LaunchedRank
+
+    return LaunchedRank
 
 
 class Pace:
