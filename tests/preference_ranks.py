@@ -28,12 +28,8 @@ def run(rank: int, world: int, address: str, plan: TrainPlan, loss_type: str) ->
 
     device.set_threads(1)
     device.adapt_megatron()
-    from megatron.core import parallel_state
-
     from mindspeed_mm_rl.engines.megatron import process_groups
 
-    # destroy_model_parallel leaves them, and on 0.12.1 a rank then takes itself for one that holds embeddings.
-    parallel_state._EMBEDDING_GLOBAL_RANKS = parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     process_groups.initialize(plan, rank, world, address)
     try:
         return _train(plan, loss_type)

@@ -10,6 +10,7 @@ from mindspeed_mm_rl.config.check import REWARD_MODEL, check, check_model, kl_co
 from mindspeed_mm_rl.config.layout import expert_sizes, pipeline_layers
 from mindspeed_mm_rl.config.layout_rules import check_layout
 from mindspeed_mm_rl.config.load import read_runtime_env
+from mindspeed_mm_rl.config.memory import check_recompute, memory_notes, offload_parts, recompute_fields
 from mindspeed_mm_rl.config.model_file import ModelChoices, compare_architecture, find_file, is_vision_model, model_choices, read_hf_config
 from mindspeed_mm_rl.config.plan import (
     DataPlan,
@@ -36,8 +37,9 @@ _OF_CRITIC_ALONE = {
     "load", "save", "seed", "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layer_list",
     "num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size", "context_parallel_size", "context_parallel_algo",
     "expert_model_parallel_size", "expert_tensor_parallel_size", "moe_tp_extend_ep", "sequence_parallel", "use_distributed_optimizer",
-    "overlap_grad_reduce", "overlap_param_gather", "recompute_granularity", "micro_batch_size", "lr", "min_lr", "lr_decay_style",
-    "lr_warmup_fraction", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "no_load_optim", "no_load_rng",
+    "overlap_grad_reduce", "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers", "micro_batch_size",
+    "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "no_load_optim",
+    "no_load_rng",
 }  # fmt: skip
 """Keys that act in critic_config; the others are the actor's."""
 _ULYSSES = ("ulysses_cp_algo", "ulysses")
@@ -73,6 +75,7 @@ def make_plan(config: Config) -> Plan:
     for section, role in (("actor_config", train), ("critic_config", critic)):
         if role is not None:
             check_layout(section, role, config.rl_config.actor_resource.num_npus, hf)
+            check_recompute(section, role, hf)
     workers = vision_plan(config, train, _absolute(config.vit_config.load))
     plan = Plan(
         run=_run(config),
@@ -82,7 +85,7 @@ def make_plan(config: Config) -> Plan:
         reward=_reward(config, vision),
         recipe=_recipe(config),
         runtime_env=read_runtime_env(env, config.folder) if env else (),
-        notes=(*config.notes, *_notes(config, vision), *vision_notes(config), *preference_notes(config)),
+        notes=(*config.notes, *_notes(config, vision), *vision_notes(config), *preference_notes(config), *memory_notes(config, choices)),
         eval=_eval(config, vision),
         # One that is trained is each network's own: the workers train the actor's.
         critic=critic and replace(critic, with_vision=workers is None or not rollout.image_embeds),
@@ -169,7 +172,8 @@ def _train(config: Config, hf_path: str, choices: ModelChoices, section: str = "
         temperature=config.generate_config.sampling_config.temperature,
         min_pixels=config.actor_config.min_pixels,
         max_pixels=config.actor_config.max_pixels,
-        recompute=actor.recompute_granularity or choices.recompute,
+        **recompute_fields(actor, choices),
+        offload=offload_parts(config.generate_config, device.kind()),
         deterministic=actor.npu_deterministic,
         optimizer=_optimizer(config, config.actor_config.train_iters - rl.critic_warmup),
         no_load_optim=actor.no_load_optim,

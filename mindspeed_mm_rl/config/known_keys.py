@@ -27,7 +27,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         _KERNELS: "use_mcore_models spec use_flash_attn use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb shape_order "
         "no_bias_dropout_fusion no_masked_softmax_fusion attention_softmax_in_fp32 no_gradient_accumulation_fusion "
         "gemm_gradient_accumulation_fusion reuse_fp32_param swap_attention swap_optimizer "
-        "recompute_method recompute_num_layers recompute_activation_function accumulate_allreduce_grads_in_fp32 ddp_bucket_size "
+        "recompute_activation_function accumulate_allreduce_grads_in_fp32 ddp_bucket_size "
         "use_ascend_coc coc_mode coc_parallel_num coc_fused_kernel transformer_impl use_cp_send_recv_overlap "
         "use_fused_ring_attention_update moe_grouped_gemm moe_permutation_async_comm moe_alltoall_overlap_comm "
         "use_fused_moe_token_permute_and_unpermute moe_token_dispatcher_type initial_loss_scale",
@@ -66,8 +66,6 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "swanlab_project swanlab_exp_name swanlab_save_dir",
     },
     "generate_config": {
-        "the trainer's state is moved off the device whenever it has to be": "offload_train_optimizer offload_train_grad "
-        "offload_train_param",
         "the rollout engine's own choice": "num_scheduler_steps torchair_graph enable_expert_parallel ascend_scheduler_config_enabled "
         "eplb_token_collects eplb_token_save_path expert_map_path data_parallel_size",
         "megatron_training.tokenizer_name_or_path is used": "tokenizer_name_or_path",

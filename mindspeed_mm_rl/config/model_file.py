@@ -13,8 +13,12 @@ from omegaconf import OmegaConf
 
 _PARTS = ("image_encoder", "text_decoder")
 _INNER = ("vision_encoder", "vision_projector")
-_CHOICES: dict[str, tuple[Any, ...]] = {"freeze": (True, False), "recompute_granularity": ("full", "selective")}
-_SPLIT = "pipeline_num_layers"
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "freeze": (True, False),
+    "recompute_granularity": ("full", "selective"),
+    "recompute_method": ("uniform", "block"),
+}
+_SPLIT, _RECOMPUTED = "pipeline_num_layers", "recompute_num_layers"
 _OTHER_PARTS = ("text_encoder", "video_encoder")
 _TYPO = 0.9
 """Users' model files hold dozens of keys that don't act here: only one that looks like a mistyped acting key is an error."""
@@ -77,7 +81,9 @@ class ModelChoices:
     freeze_vision: bool
     freeze_projector: bool
     recompute: Literal["full", "selective"] | None = None
-    """recompute_granularity of the text decoder."""
+    """recompute_granularity of the text decoder, as the other two are its keys."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
     pipeline_num_layers: list[Any] | None = None
     """Of the text decoder: its layers by pipeline rank, or a list of such lists by virtual stage."""
     num_layers: int | None = None
@@ -140,7 +146,7 @@ def _named(content: dict[str, Any], name: Any) -> dict[str, Any]:
 
 def _check_keys(content: Mapping[str, Any], where: str) -> None:
     """Raises ValueError for a value that an acting key can't have, and for a key that looks like a mistyped one."""
-    acting = (*_PARTS, *_INNER, *_CHOICES, _SPLIT)
+    acting = (*_PARTS, *_INNER, *_CHOICES, _SPLIT, _RECOMPUTED)
     for key, value in content.items():
         if key in (*_PARTS, *_INNER):
             if not isinstance(value, dict | None):
@@ -149,6 +155,9 @@ def _check_keys(content: Mapping[str, Any], where: str) -> None:
         elif key in _CHOICES:
             if value is not None and value not in _CHOICES[key]:
                 raise ValueError(f"{where}.{key}: {value!r} isn't allowed; choose {', '.join(map(str, _CHOICES[key]))}")
+        elif key == _RECOMPUTED:
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{where}.{key} must be a number of layers, not {value!r}")
         elif key == _SPLIT:
             if not _is_split(value):
                 raise ValueError(f"{where}.{key} must be a list of numbers, not {value!r}")
@@ -168,6 +177,8 @@ def model_choices(model: Mapping[str, Any], hf: Mapping[str, Any] | None) -> Mod
         freeze_vision=_frozen(vision),
         freeze_projector=_frozen(projector),
         recompute=decoder.get("recompute_granularity"),
+        recompute_method=decoder.get("recompute_method"),
+        recompute_num_layers=decoder.get(_RECOMPUTED),
         pipeline_num_layers=_split(decoder),
         num_layers=decoder.get("num_layers") if hf is None else text_config(hf).get("num_hidden_layers"),
     )

@@ -84,6 +84,10 @@ class TrainPlan:
     """False: pictures come encoded, from workers of their own; the network has no vision encoder."""
     rows_together: int = 1
     """Neighbouring rows of a batch that a micro-batch never tears apart: 2 where they are pairs."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Of full: every layer, or the first recompute_num_layers of each (virtual) stage."""
+    recompute_num_layers: int = 1
+    """Of uniform: layers of which only the first one's input is kept."""
     offload: tuple[OffloadPart, ...] = ()
     """What leaves the device while nobody needs it; on CPU, whose memory is one, it is only moved about."""
     bans_markers: bool = True

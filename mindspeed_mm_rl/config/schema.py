@@ -116,6 +116,10 @@ class MegatronConfig(Section):
     """Parameters are collected while the next forward pass already runs; needs use_distributed_optimizer."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """full: layers are run again in the backward pass, for memory; selective: only the attention within them."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Of full: uniform (also null) = all layers, recompute_num_layers at a time; block = only the first recompute_num_layers of a stage."""
+    recompute_num_layers: int | None = Field(None, gt=0)
+    """See recompute_method; null = 1."""
     lr: float = Field(1e-6, ge=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
@@ -322,6 +326,12 @@ class GenerateConfig(Section):
     """Tokens of one engine step; raised to max_model_len where prompts may not be cut in pieces."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """null = as megatron_training.bf16 says, and it may not say anything else."""
+    offload_train_param: bool = False
+    """true: weights that are trained leave the device while others work there (not on CPU). The reference's always do."""
+    offload_train_grad: bool = False
+    """true: the memory of gradients is given back between updates."""
+    offload_train_optimizer: bool = False
+    """true: optimizer state leaves the device between updates."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     """Share of device memory (not on CPU)."""
     kv_cache_bytes: int = Field(256 * 2**20, gt=0)

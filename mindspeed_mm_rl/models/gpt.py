@@ -34,6 +34,9 @@ class ModelOptions:
     dtype: torch.dtype = torch.float32
     recompute: Literal["full", "selective"] | None = None
     """What is run again in the backward pass: layers, of which only the input is kept, or only the attention within them."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Of full, in the text decoder: all layers in groups of recompute_num_layers, or the first so many of a stage one by one."""
+    recompute_num_layers: int = 1
     deterministic: bool = False
     grid: Grid | None = None
     """None: one process has the whole network."""
@@ -123,8 +126,15 @@ def text_config(text: TextArchitecture, options: ModelOptions) -> TransformerCon
         qk_layernorm=text.qk_norm,
         sequence_parallel=options.sequence_parallel,
         **(expert_settings(text.experts) if text.experts else {}),
+        **_recomputed(options),
         **(_grid_config(options.grid, options.context_parallel_size) if options.grid else {}),
     )
+
+
+def _recomputed(options: ModelOptions) -> dict[str, Any]:
+    if options.recompute != "full":
+        return {}
+    return {"recompute_method": options.recompute_method, "recompute_num_layers": options.recompute_num_layers}
 
 
 def _grid_config(grid: Grid, context_parallel_size: int) -> dict[str, Any]:

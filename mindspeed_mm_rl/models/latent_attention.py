@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import checkpoint, copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -76,8 +76,16 @@ class LatentSelfAttention(MegatronModule):
         """[T, 1, hidden] -> [T, 1, hidden]; under sequence parallelism T / ranks tokens go in and come out."""
         layout = packed_seq_params.layouts["full"]
         key, value = self._key_value(hidden_states, layout)
-        output = attend(self._query(hidden_states, layout), key, value, layout, self.latent.softmax_scale)
+        output = self._attended(layout, self._query(hidden_states, layout), key, value)
         return self.linear_proj(output.flatten(1)[:, None])[0], None
+
+    def _attended(self, layout: PackedLayout, *heads: torch.Tensor) -> torch.Tensor:
+        def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return attend(query, key, value, layout, self.latent.softmax_scale)
+
+        if self.config.recompute_granularity == "selective" and self.training:
+            return checkpoint(run, False, *heads)
+        return run(*heads)
 
     def _query(self, hidden: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """[T, heads of this rank, qk_head_dim]"""

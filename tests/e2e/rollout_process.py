@@ -45,6 +45,14 @@ def _receive(name: str, handle: WeightHandle, version: int) -> None:
     _engines[name].receive_weights(handle, version)
 
 
+def _sleep(name: str) -> None:
+    _engines[name].sleep()
+
+
+def _seconds(name: str) -> dict[str, float]:
+    return _engines[name].take_seconds()
+
+
 def _generate(name: str, requests: list[RolloutRequest], images: Images, num_samples: int) -> list[RolloutGroup]:
     return list(_engines[name].generate(requests, images, Sampling(num_samples)))
 
@@ -95,6 +103,12 @@ class RolloutProcess:
 
     def receive(self, name: str, handle: WeightHandle, version: int) -> None:
         self._pool.submit(_receive, name, handle, version).result()
+
+    def sleep(self, name: str) -> None:
+        self._pool.submit(_sleep, name).result()
+
+    def take_seconds(self, name: str) -> dict[str, float]:
+        return self._pool.submit(_seconds, name).result()
 
     def generate(self, name: str, requests: list[RolloutRequest], images: Images, num_samples: int) -> list[RolloutGroup]:
         return self._pool.submit(_generate, name, requests, images, num_samples).result()

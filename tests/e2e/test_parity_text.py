@@ -32,6 +32,15 @@ MODELS = {
         "weight_std": 0.15,
     },
     "llama tied": {"family": "llama", "tied": True, "rope": {"rope_theta": 100000.0}, "weight_std": 0.1},
+    "qwen3 with experts": {"family": "qwen3_moe", "hidden": 64, "head_dim": 32, "weight_std": 0.15, "more": {"mlp_only_layers": [0]}},
+    "deepseek": {
+        "family": "deepseek_v3",
+        "hidden": 64,
+        "kv_heads": 4,
+        "weight_std": 0.15,
+        # The only sizes that vLLM's kernel for latent attention has on CPU.
+        "more": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
+    },
 }
 LENGTHS = (3, 20, 2 * CONTEXT)
 

@@ -18,6 +18,7 @@ from tests.chaos.processes import MARKER, Footprint
 from tests.continuation import check_same, continuation_plan, picture_rows, ppo_with_kl, resumed_from, straight
 from tests.data_files import row, write_rows
 from tests.e2e.planted import DyingCritic
+from tests.offload_phases import EVERYTHING
 from tests.plans import whole_plan
 
 NAMES = (
@@ -42,7 +43,7 @@ def text_plan(folder: Path, tmp_path: Path) -> Plan:
     )
 
 
-def test_a_stop_changes_nothing_on_pictures(tiny_vl: Path, tmp_path: Path) -> None:
+def test_a_stop_and_state_that_leaves_the_device_change_nothing_on_pictures(tiny_vl: Path, tmp_path: Path) -> None:
     rows = picture_rows(tmp_path / "train.parquet")
 
     def plan(name: str) -> Plan:
@@ -50,7 +51,16 @@ def test_a_stop_changes_nothing_on_pictures(tiny_vl: Path, tmp_path: Path) -> No
         return replace(whole, run=replace(whole.run, train_iters=2, save_interval=1))
 
     one = straight(plan("straight"))
-    check_same(one, resumed_from(plan("straight"), plan("resumed"), 1, one.batches))
+    resumed = plan("resumed")
+    resumed = replace(resumed, **{role: replace(getattr(resumed, role), offload=EVERYTHING) for role in ("train", "critic")})
+    other = resumed_from(plan("straight"), resumed, 1, one.batches)
+    check_same(one, other)
+    moved, stayed = (result.records[-1] for result in (other, one))
+    assert all(moved[f"timing/{name}"] > 0 for name in ("onload", "offload", "ref_onload", "ref_offload"))
+    assert stayed["timing/ref_onload"] == stayed["timing/ref_offload"] == 0
+    working = ("image_embeds", "rollout", "reference_model", "old_log_p", "critic_model", "update_critic", "update", "resharding_to_infer")
+    assert {name for name in moved if name.startswith("memory/")} == {f"memory/{phase}/peak_gb" for phase in working}
+    assert all(0.1 < record[f"memory/{phase}/peak_gb"] < 8 for record in (moved, stayed) for phase in working)
     for record in one.records:
         assert set(NAMES) <= record.keys()
         assert record["rollout/logprob_gap/max"] <= 1e-4

@@ -243,6 +243,21 @@ def test_replay_is_bit_identical_over_order_and_batch_split(process: RolloutProc
     assert _by_sample(halves[0] + halves[1]) == once
 
 
+def test_an_engine_that_slept_is_what_it_was(process: RolloutProcess, trainer: Trainer) -> None:
+    tensors = trainer.tensors(vision=False)
+    process.receive(EMBEDS, _handle(tensors), 1)
+    requests, pictures = trainer.requests(), trainer.features()
+    once = _by_sample(process.generate(EMBEDS, requests, pictures, 2))
+    process.take_seconds(EMBEDS)
+    process.sleep(EMBEDS)
+    assert process.take_seconds(EMBEDS).keys() == {"offload"}
+    assert _by_sample(process.generate(EMBEDS, requests, pictures, 2)) == once
+    assert process.take_seconds(EMBEDS).keys() == {"onload"}
+    process.sleep(EMBEDS)
+    process.receive(EMBEDS, _handle(tensors), 2)
+    assert _by_sample(process.generate(EMBEDS, requests, pictures, 2)) == once
+
+
 def test_samples_are_in_id_order_and_never_banned(process: RolloutProcess, trainer: Trainer) -> None:
     process.receive(EMBEDS, _handle(trainer.tensors(vision=False)), 1)
     groups = process.generate(EMBEDS, trainer.requests(first_prompt_id=100), trainer.features(), 4)

@@ -34,6 +34,7 @@ CHECKPOINT_MAY_IMPORT = ("config.model_file",) + tuple(
         "torch_files",
         "weight_files",
         "weight_layout",
+        "weight_sources",
     )
 )
 FILE_LINES, FUNCTION_LINES, ITERATION_LINES = 400, 60, 120

@@ -171,7 +171,7 @@ def test_users_values_arrive(tmp_path):
 
 def test_each_accepted_key_is_said_once(tmp_path):
     notes = load_config(write(tmp_path, USERS_WHOLE)).notes
-    for key in ("reward_dispatch_size", "guarantee_order", "reuse_image_embeds", "offload_train_optimizer", "detokenize"):
+    for key in ("reward_dispatch_size", "guarantee_order", "reuse_image_embeds", "detokenize"):
         assert sum(key in note.replace(":", ",").replace(",", " ").split() for note in notes) == 1, key
 
 

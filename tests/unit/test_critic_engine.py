@@ -115,7 +115,7 @@ def hf_values(backbone: Callable[..., object], head: torch.Tensor, batch: Batch,
 def test_values_are_the_scores_of_a_reward_model(make_engine: MakeEngine, tiny_text: Path, reward_model: Path, text_batch: Batch) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    found = make_engine(tiny_text, load=str(reward_model)).values(text_batch, {})
+    found = make_engine(tiny_text, load=str(reward_model)).values(text_batch, range(len(text_batch)), {})
     model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = hf_values(model.model, model.score.weight, text_batch, [{}] * 4)

@@ -202,25 +202,6 @@ def test_text_only_tied_model_equals_hugging_face(one_rank, tiny_text):
     assert "text_decoder.output_layer.weight" not in policy.weights()
 
 
-@pytest.mark.parametrize("again", ["full", "selective"])
-def test_what_is_recomputed_gives_the_same_gradients(one_rank, tiny_text, again):
-    from mindspeed_mm_rl.models.attention import CoreAttention
-
-    calls = []
-    rows = [Row([*range(20, 20 + length)], ()) for length in (5, 17, 9)]
-    gradients = []
-    for recompute in (None, again):
-        policy = load_policy(tiny_text, recompute=recompute).train()
-        for attention in (module for module in policy.modules() if isinstance(module, CoreAttention)):
-            attention.register_forward_pre_hook(lambda *_: calls.append(1))
-        packed_hidden(policy, rows, None).square().sum().backward()
-        gradients.append(collect_gradients(policy))
-    # Two layers: once each, then once each and once again.
-    assert len(calls) == 2 + 4
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
-
-
 def test_image_features_must_fit_the_image_tokens(policy, rows, pixels):
     features = policy.encode_images(pixels, grids_of(rows))
     with pytest.raises(ValueError, match="52 image tokens in the pack, but 51 image features"):

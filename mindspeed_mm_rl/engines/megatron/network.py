@@ -63,6 +63,8 @@ def new_networks(
             context_parallel_algorithm=plan.context_parallel_algorithm,
             sequence_parallel=plan.sequence_parallel,
             recompute=plan.recompute,
+            recompute_method=plan.recompute_method,
+            recompute_num_layers=plan.recompute_num_layers,
             deterministic=plan.deterministic,
         )
         network.load_weights(read(chunk_pieces(table, grid, place, virtual)))

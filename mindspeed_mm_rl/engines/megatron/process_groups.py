@@ -48,10 +48,17 @@ def build_groups(plan: TrainPlan) -> None:
     model_parallel_cuda_manual_seed(plan.seed)
 
 
-def destroy() -> None:
+def destroy_groups() -> None:
+    """Undoes build_groups."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    # 0.12 would keep these for the next groups.
+    parallel_state._EMBEDDING_GLOBAL_RANKS = parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
+
+
+def destroy() -> None:
+    destroy_groups()
     dist.destroy_process_group()
 
 

@@ -34,8 +34,8 @@ class OptimizerForm:
             own = getattr(self, field)
             if saved is not None and saved[field] != own:
                 raise ValueError(
-                    f"{folder} was saved with {key} {str(saved[field]).lower()}, this run has {str(own).lower()}: the optimizer's state has "
-                    "another form; set it as in the save, or set no_load_optim: true to go on with a new optimizer"
+                    f"{folder} was saved with {key} {str(saved[field]).lower()}, this run has {str(own).lower()}: the optimizer's "
+                    "state has another form; set it as in the save, or set no_load_optim: true to go on with a new optimizer"
                 )
 
 

@@ -22,7 +22,7 @@ from mindspeed_mm_rl.config.plan import RolloutPlan
 from mindspeed_mm_rl.engines.vllm import ranks, weights
 from mindspeed_mm_rl.engines.vllm.completeness import check_complete, holds_vision
 from mindspeed_mm_rl.engines.vllm.model_class import import_model_class
-from mindspeed_mm_rl.models.families import read_architecture
+from mindspeed_mm_rl.models.families import Architecture, read_architecture
 from mindspeed_mm_rl.models.names import PARTS
 from mindspeed_mm_rl.types import BAN_BIAS, ImageFeatures, ImageInput, Images, Rollout, RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.weights.host import WeightHandle
@@ -46,7 +46,7 @@ class VllmRolloutEngine:
             # vLLM turns later calls into a warning.
             torch.set_num_threads(plan.threads)
         import_model_class(plan.hf_path)
-        self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture.vision is not None))
+        self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture))
         weights.open_receiver(self._llm)
         self._is_asleep = False
         self._seconds: dict[str, float] = {}
@@ -235,7 +235,7 @@ def _rollout(output: RequestOutput, policy_version: int) -> Rollout:
     )
 
 
-def _engine_arguments(plan: RolloutPlan, seed: int, has_vision: bool) -> dict[str, Any]:
+def _engine_arguments(plan: RolloutPlan, seed: int, architecture: Architecture) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": plan.hf_path,
         "dtype": plan.dtype,
@@ -256,11 +256,15 @@ def _engine_arguments(plan: RolloutPlan, seed: int, has_vision: bool) -> dict[st
         "enable_sleep_mode": current_platform.is_sleep_mode_available(),
     }
     arguments |= ranks.engine_arguments(plan)
-    return arguments | (_cpu_arguments(plan) if current_platform.is_cpu() else {}) | (_picture_arguments(plan) if has_vision else {})
+    if current_platform.is_cpu():
+        arguments |= _cpu_arguments(plan, architecture)
+    return arguments | (_picture_arguments(plan) if architecture.vision else {})
 
 
-def _cpu_arguments(plan: RolloutPlan) -> dict[str, Any]:
-    return {
+def _cpu_arguments(plan: RolloutPlan, architecture: Architecture) -> dict[str, Any]:
+    # The CPU kernel of rope takes the queries of latent attention, [T, heads, dim], for [T, dim]: silently wrong with several heads.
+    rope = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}} if architecture.text.latent else {}
+    return rope | {
         # A prefill that is split over two steps asks the CPU generator of a seeded request for an offset, which it doesn't have.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(plan.max_num_batched_tokens, plan.max_model_len),

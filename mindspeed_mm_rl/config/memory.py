@@ -1,0 +1,58 @@
+"""What is kept on the devices: state that leaves them between phases, and activations that are computed again instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mindspeed_mm_rl.config.layout import divisors, listed
+from mindspeed_mm_rl.config.model_file import ModelChoices, text_config
+from mindspeed_mm_rl.config.plan import OffloadPart, TrainPlan
+from mindspeed_mm_rl.config.schema import Config, GenerateConfig, MegatronConfig
+from mindspeed_mm_rl.platforms import device
+
+_OFFLOAD_KEYS: dict[OffloadPart, str] = {
+    "param": "offload_train_param",
+    "grad": "offload_train_grad",
+    "optimizer": "offload_train_optimizer",
+}
+
+
+def offload_parts(generate: GenerateConfig, kind: device.Kind) -> tuple[OffloadPart, ...]:
+    """The reference always leaves; on CPU, whose memory is one, nothing does."""
+    return () if kind == "cpu" else ("reference", *(part for part, key in _OFFLOAD_KEYS.items() if getattr(generate, key)))
+
+
+def recompute_fields(keys: MegatronConfig, choices: ModelChoices) -> dict[str, Any]:
+    """Fields of a TrainPlan; keys of the section go before those of the model file."""
+    return {
+        "recompute": keys.recompute_granularity or choices.recompute,
+        "recompute_method": keys.recompute_method or choices.recompute_method or "uniform",
+        "recompute_num_layers": keys.recompute_num_layers or choices.recompute_num_layers or 1,
+    }
+
+
+def check_recompute(section: str, plan: TrainPlan, hf: Mapping[str, Any] | None) -> None:
+    """Megatron reaches beyond the last layer where the last group of layers would be a smaller one. Raises ValueError."""
+    if hf is None or plan.recompute != "full" or plan.recompute_method != "uniform":
+        return
+    layers, stages = text_config(hf)["num_hidden_layers"], plan.pipeline_parallel_size
+    sizes = {size for row in plan.pipeline_layers for size in row} or {layers // stages, -(-layers // stages)}
+    if broken := sorted(size for size in sizes if size % plan.recompute_num_layers):
+        would_do = [number for number in divisors(broken[0]) if not any(size % number for size in sizes)]
+        raise ValueError(
+            f"{section}.recompute_num_layers ({plan.recompute_num_layers}) must divide the layers of every pipeline stage "
+            f"({', '.join(map(str, sorted(sizes)))}) with recompute_method uniform; {listed(would_do)} would do, or recompute_method block"
+        )
+
+
+def memory_notes(config: Config, choices: ModelChoices) -> list[str]:
+    """Keys that don't act."""
+    notes, generate, actor = [], config.generate_config, config.actor_config
+    asked = [key for key in _OFFLOAD_KEYS.values() if getattr(generate, key)]
+    if asked and device.kind() == "cpu":
+        notes.append(f"generate_config: {', '.join(asked)} isn't used: on CPU there is one memory")
+    given = [key for key in ("recompute_method", "recompute_num_layers") if getattr(actor, key) is not None]
+    if given and recompute_fields(actor, choices)["recompute"] != "full":
+        notes.append(f"actor_config: {', '.join(given)} isn't used: it belongs to recompute_granularity full")
+    return notes
