@@ -13,7 +13,7 @@ from PIL import Image
 
 from mindspeed_mm_rl.config.plan import TrainPlan
 from mindspeed_mm_rl.data.images import expand_image_tokens, prepare, read_image_settings
-from mindspeed_mm_rl.data.packing import balanced_shares
+from mindspeed_mm_rl.data.packing import balanced_rows
 from mindspeed_mm_rl.types import Batch, ImageInput, Ragged
 from tests.plans import MAX_PIXELS, MIN_PIXELS
 
@@ -82,10 +82,8 @@ def own_rows(batch: Batch) -> list[int]:
     """Of this data-parallel rank: whole groups, balanced by tokens."""
     from megatron.core import parallel_state
 
-    n, lengths = batch.samples_per_prompt, batch.total_lengths()
-    weights = [sum(lengths[start : start + n]) for start in range(0, len(batch), n)]
-    share = balanced_shares(weights, parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
-    return [group * n + k for group in share for k in range(n)]
+    shares = balanced_rows(batch.total_lengths(), batch.samples_per_prompt, parallel_state.get_data_parallel_world_size())
+    return shares[parallel_state.get_data_parallel_rank()]
 
 
 def _listed(logprobs: dict[int, torch.Tensor]) -> dict[int, list[float]]:

@@ -144,6 +144,7 @@ def _run(config: Config) -> RunPlan:
         use_tensorboard=rl.use_tensorboard,
         log_max_throughput=rl.log_max_throughput,
         seed=megatron.seed,
+        no_shared_storage=megatron.no_shared_storage,
         critic_warmup=rl.critic_warmup,
     )
 

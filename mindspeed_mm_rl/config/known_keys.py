@@ -38,7 +38,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "tokenizer_padding_side prompt_type prompt_type_path",
         "columns are found by name; train.parquet is used whole": "split dataset_additional_keys dataloader_type "
         "full_shuffle_instruction_dataset is_instruction_dataset",
-        "chosen for the device": "distributed_backend no_shared_storage use_tp_pp_dp_mapping",
+        "chosen for the device": "distributed_backend use_tp_pp_dp_mapping",
         "a folder of weights says it": "refer_model_iter",
         "saves are always complete": "no_save_optim no_save_rng",
         "the model file and config.json say it": "model mm_model algorithm make_vocab_size_divisible_by",

@@ -270,6 +270,8 @@ class RunPlan:
     use_tensorboard: bool
     log_max_throughput: bool
     seed: int
+    no_shared_storage: bool = False
+    """Folders of several nodes are their own: saves are collected on the driver's, and brought to the others to be continued."""
     critic_warmup: int = 0
     """Iterations at the start that train the critic alone."""
 

@@ -140,6 +140,8 @@ class MegatronConfig(Section):
     """Weights: Hugging Face folder, mm-convert output or a training save; null = tokenizer_name_or_path."""
     save: str | None = None
     """Folder of the saves; null = none."""
+    no_shared_storage: bool = False
+    """true: nodes don't share folders. Saves are collected on the driver's node; models and data must be on every node at the same path."""
     finetune: bool = False
     """true: of a training save in `load` only the weights are taken; iteration, optimizer, data position and random state start anew."""
     no_load_optim: bool = False

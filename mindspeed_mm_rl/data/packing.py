@@ -37,3 +37,12 @@ def balanced_shares(weights: Sequence[int], ranks: int) -> list[list[int]]:
         shares[rank].append(item)
         loads[rank] += weights[item]
     return [sorted(share) for share in shares]
+
+
+def balanced_rows(lengths: Sequence[int], together: int, ranks: int) -> list[list[int]]:
+    """Rows to ranks, balanced by tokens; groups of `together` neighbours, samples of one prompt, stay together.
+
+    Example: balanced_rows([3, 2, 9, 9, 2, 2], together=2, ranks=2) == [[2, 3], [0, 1, 4, 5]]
+    """
+    weights = [sum(lengths[start : start + together]) for start in range(0, len(lengths), together)]
+    return [[group * together + k for group in share for k in range(together)] for share in balanced_shares(weights, ranks)]

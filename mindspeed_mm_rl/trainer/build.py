@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -32,6 +32,7 @@ from mindspeed_mm_rl.trainer.save_folder import SaveFolder
 from mindspeed_mm_rl.trainer.state import RunState
 from mindspeed_mm_rl.workers import placement
 from mindspeed_mm_rl.workers.group import ActorGroup, CriticGroup, Trainers
+from mindspeed_mm_rl.workers.nodes import open_storage
 from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 from mindspeed_mm_rl.workers.vision_group import ActorBesideVision, TrainedVisionGroup, VisionGroup
 
@@ -121,7 +122,7 @@ def _placed(plan: Plan, guardian: Guardian) -> placement.Slots:
     slots = placement.start(plan.run)
     if slots.is_own_cluster:
         guardian.tell(session=slots.session_folder)
-    return slots
+    return replace(slots, storage=open_storage(plan, slots))
 
 
 def _ready(trainers: Trainers) -> str:
@@ -154,6 +155,7 @@ def _train(state: RunState, trainers: Trainers, rollout: RolloutGroupStream, loa
     plan, settings = state.plan, RecipeSettings(**asdict(state.plan.recipe))
     recipe, kl = make_recipe(settings), make_kl_controller(settings)
     state.resume(trainers.by_folder(), loader, kl)
+    trainers.storage.forget()
     collector = Collector(plan, recipe, loader, GroupSampler(plan, trainers, rollout, rewards, loader.builder.renderer.tokenizer))
     output = Path(plan.run.output)
     with (
@@ -167,6 +169,7 @@ def _train(state: RunState, trainers: Trainers, rollout: RolloutGroupStream, loa
 def _train_on_pairs(state: RunState, trainers: Trainers, loader: PairLoader) -> None:
     plan = state.plan
     state.resume(trainers.by_folder(), loader, KLController(0.0))
+    trainers.storage.forget()
     comparer = Comparer(state, trainers)
     with (
         open_pair_evaluator(state, comparer) as evaluator,

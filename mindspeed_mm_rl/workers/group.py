@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_mm_rl.config.plan import Plan, TrainPlan
-from mindspeed_mm_rl.data.packing import balanced_shares
+from mindspeed_mm_rl.data.packing import balanced_rows
 from mindspeed_mm_rl.engines.base import PolicyLoss, ValueLoss
 from mindspeed_mm_rl.models.saved_weights import VISION_FOLDER
 from mindspeed_mm_rl.models.weight_files import ACTOR_FOLDER, CRITIC_FOLDER
@@ -24,6 +24,7 @@ from mindspeed_mm_rl.workers.calls import Call, Pulse, answers, numbered, start_
 from mindspeed_mm_rl.workers.critic import CriticWorker
 from mindspeed_mm_rl.workers.encoding import EncodedTables, Encoder
 from mindspeed_mm_rl.workers.failure import Member
+from mindspeed_mm_rl.workers.storage import Storage
 
 if TYPE_CHECKING:
     from mindspeed_mm_rl.workers.vision_group import VisionGroup
@@ -64,10 +65,12 @@ class TrainGroup:
 
     def save(self, folder: str) -> None:
         self.turns.take("", self)
-        self._all("save", lambda worker, _: worker.save.remote(folder))
+        with self.slots.storage.written(folder):
+            self._all("save", lambda worker, _: worker.save.remote(folder))
 
     def load(self, folder: str) -> None:
         self.turns.take("", self)
+        self.slots.storage.bring(folder)
         self._all("load", lambda worker, _: worker.load.remote(folder))
 
     def check_alive(self, doing: str) -> None:
@@ -113,11 +116,9 @@ class TrainGroup:
 
     def _shares(self, batch: Batch) -> list[list[int]]:
         """Rows of each rank: ranks of one copy of the network have the same ones."""
-        n, ranks = batch.samples_per_prompt, len(self.members)
-        lengths = batch.total_lengths()
-        weights = [sum(lengths[start : start + n]) for start in range(0, len(batch), n)]
-        groups = balanced_shares(weights, self.train.replicas(ranks))
-        return [[group * n + k for group in groups[self.train.replica(rank, ranks)] for k in range(n)] for rank in range(ranks)]
+        ranks = len(self.members)
+        rows = balanced_rows(batch.total_lengths(), batch.samples_per_prompt, self.train.replicas(ranks))
+        return [rows[self.train.replica(rank, ranks)] for rank in range(ranks)]
 
 
 class ActorGroup(TrainGroup):
@@ -198,6 +199,10 @@ class Trainers:
     def encoder(self) -> Encoder:
         """Who encodes pictures for all."""
         return self.vision or self.actor
+
+    @property
+    def storage(self) -> Storage:
+        return self.actor.slots.storage
 
     def by_folder(self) -> dict[str, TrainGroup]:
         """Under the names of their folders in a save."""

@@ -10,6 +10,7 @@ from mindspeed_mm_rl.config.plan import RunPlan
 from mindspeed_mm_rl.platforms import env, processes, signals
 from mindspeed_mm_rl.workers.calls import Call, answers, start_bound
 from mindspeed_mm_rl.workers.failure import Member
+from mindspeed_mm_rl.workers.storage import Storage
 from mindspeed_mm_rl.workers.turns import Turns
 
 _OBJECT_STORE_BYTES_ON_CPU = 512 << 20
@@ -32,6 +33,8 @@ class Slots:
     is_own_cluster: bool
     turns: Turns = field(default_factory=Turns)
     """Who works on them."""
+    storage: Storage = field(default_factory=Storage)
+    """Folders that all their processes read and write."""
 
 
 def start(run: RunPlan) -> Slots:

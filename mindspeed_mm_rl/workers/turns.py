@@ -52,8 +52,12 @@ class Turns:
         self._phase, self._groups = phase, groups
 
     def take_metrics(self) -> dict[str, float]:
-        """Of the phases since this was last asked: the most memory of one process, and seconds for coming and leaving of state."""
+        """Of the phases since this was last asked: the most memory of one process, and seconds for coming and leaving of state.
+
+        It ends the phase; whoever worked keeps his place.
+        """
         self._collect()
+        self._phase = ""
         metrics, self._metrics = self._metrics, {}
         return metrics
 

@@ -34,9 +34,9 @@ LOGGED = {
 def letter_pairs(path: Path, count: int) -> Path:
     """The right response says the letter that the prompt says; the wrong one another."""
     rng, lines = random.Random(0), []
-    for _ in range(count):
+    for number in range(count):
         right, wrong = rng.sample(LETTERS, 2)
-        lines.append(json.dumps({"prompt": f"Find {right}.", "chosen": right, "rejected": wrong}))
+        lines.append(json.dumps({"prompt": f"{number}: find {right}.", "chosen": right, "rejected": wrong}))
     path.write_text("\n".join(lines) + "\n")
     return path
 

@@ -67,29 +67,27 @@ class World:
         return float((torch.cat([ours[i] for i in batch.sample_ids]) - batch.rollout_logprobs.values).abs().max())
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, World]]:
-    folders = {name: make_tiny_text(tmp_path_factory.mktemp("model"), **model) for name, model in MODELS.items()}
-    plans = {name: whole_plan(folder, folder, tmp_path_factory.mktemp("parity")) for name, folder in folders.items()}
-    plans = {n: replace(p, train=replace(p.train, optimizer=replace(p.train.optimizer, lr=5e-3))) for n, p in plans.items()}
+@pytest.fixture(params=MODELS)
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    folder = make_tiny_text(tmp_path / "model", **MODELS[request.param])
+    plan = whole_plan(folder, folder, tmp_path)
+    plan = replace(plan, train=replace(plan.train, optimizer=replace(plan.train.optimizer, lr=5e-3)))
     try:
-        slots = placement.start(replace(next(iter(plans.values())).run, num_devices=1))
-        found = {n: World(folders[n], ActorGroup(slots, p, with_reference=False), RolloutGroupStream(slots, p)) for n, p in plans.items()}
-        for world in found.values():
-            world.actor.ready()
-            world.rollout.ready()
-        yield found
+        slots = placement.start(plan.run)
+        world = World(folder, ActorGroup(slots, plan, with_reference=False), RolloutGroupStream(slots, plan))
+        world.actor.ready()
+        world.rollout.ready()
+        yield world
     finally:
         placement.stop()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logprobs_agree_at_the_start_and_after_each_update(worlds: dict[str, World], name: str) -> None:
-    world, loss = worlds[name], functools.partial(clipped_policy_loss, settings=PolicyLossSettings(0.2, 0.28))
+def test_logprobs_agree_at_the_start_and_after_each_update(world: World) -> None:
+    loss = functools.partial(clipped_policy_loss, settings=PolicyLossSettings(0.2, 0.28))
     texts = []
     for version in range(3):
         batch = world.batch(version)
-        assert world.gap(batch) <= TOLERANCE, (name, version)
+        assert world.gap(batch) <= TOLERANCE, version
         assert batch.rollout_logprobs.values.std() > 0.1
         texts.append(batch.responses.values)
         advantages = {i: torch.full((n,), (-1.0) ** i) for i, n in zip(batch.sample_ids, batch.responses.lengths, strict=True)}

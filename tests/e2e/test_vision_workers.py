@@ -27,7 +27,7 @@ from tests.data_files import png, row, write_rows
 
 pytestmark = pytest.mark.timeout(900)
 
-NUM_PICTURES = 4
+NUM_PICTURES, PATCHES = 4, "visual.patch_embed.proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,9 @@ def apart(plan: Plan, **layout: Any) -> Plan:
 
 
 def trained(plan: Plan) -> Plan:
-    plan = replace(plan, train=replace(plan.train, freeze_vision=False, freeze_projector=False))
+    # Or a step would go as far by rounding errors as by gradients, where these are about 0.
+    optimizer = replace(plan.train.optimizer, adam_eps=1e-5)
+    plan = replace(plan, train=replace(plan.train, freeze_vision=False, freeze_projector=False, optimizer=optimizer))
     return replace(plan, rollout=replace(plan.rollout, image_embeds=False))
 
 
@@ -92,8 +94,8 @@ def test_a_trained_encoder_is_updated_as_one_with_the_actor(tiny_vl: Path, repea
     config = read_config(tiny_vl)
     start, ours, theirs = (source_of(folder, config) for folder in (tiny_vl, plan("inside").run.save, plan("apart").run.save))
     for name in start.shapes:
-        assert not theirs[name].equal(start[name]), name
-        assert (theirs[name] - ours[name]).abs().mean() <= 1e-4, name
+        assert (theirs[name] - ours[name]).abs().max() <= 1e-5, name
+    assert not theirs[PATCHES].equal(start[PATCHES])
 
 
 def test_a_stop_changes_nothing(tiny_vl: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def _job(
     rank: int, world: int, model: Path, load: Path, store: dist.Store, layout: dict[str, Any], begin: Path | None, made: Path | None
 ) -> list[dict[str, float]]:
     from mindspeed_mm_rl.algorithms.losses import PolicyLossSettings, clipped_policy_loss
-    from mindspeed_mm_rl.data.packing import balanced_shares
+    from mindspeed_mm_rl.data.packing import balanced_rows
     from mindspeed_mm_rl.engines.base import UpdateRequest
     from mindspeed_mm_rl.engines.megatron import process_groups
     from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
@@ -60,9 +60,7 @@ def _job(
     process_groups.initialize(plan, rank, world, store)
     engine = MegatronTrainEngine(plan, with_reference=False, entropy_bonus=False, publish_vision=False)
     batch = make_batch()
-    weights = [sum(batch.total_lengths()[2 * g : 2 * g + 2]) for g in range(5)]
-    groups = balanced_shares(weights, plan.replicas(world))[plan.replica(rank, world)]
-    rows = [row for group in groups for row in (2 * group, 2 * group + 1)]
+    rows = balanced_rows(batch.total_lengths(), 2, plan.replicas(world))[plan.replica(rank, world)]
     request = UpdateRequest(batch, rows, float(batch.loss_mask.values.sum()), float(len(batch)))
     loss = functools.partial(clipped_policy_loss, settings=PolicyLossSettings(0.2, 0.28, kl_coef=0.01))
     metrics = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_mm_rl.data.packing import balanced_shares
+from mindspeed_mm_rl.data.packing import balanced_rows
 from mindspeed_mm_rl.types import Batch, Ragged
 from tests.plans import optimizer_plan, train_plan
 
@@ -60,8 +60,7 @@ def run(rank: int, world: int, model: Path, address: str, folder: Path, groups: 
     plan = train_plan(model, max_samples_per_micro_batch=2, optimizer=optimizer_plan(clip_grad=0.0))
     process_groups.initialize(plan, rank, world, address)
     batch = make_batch().select(range(2 * groups))
-    weights = [sum(batch.total_lengths()[2 * g : 2 * g + 2]) for g in range(groups)]
-    share = [row for group in balanced_shares(weights, world)[rank] for row in (2 * group, 2 * group + 1)]
+    share = balanced_rows(batch.total_lengths(), 2, world)[rank]
     request = UpdateRequest(batch, share, float(batch.loss_mask.values.sum()), float(len(batch)))
     critic = MegatronCriticEngine(plan)
     # A new head is zero, and then nothing below it has a gradient.

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from mindspeed_mm_rl.config.derive import make_plan
 from mindspeed_mm_rl.config.load import load_config
@@ -264,3 +265,27 @@ def test_sizes_that_the_model_does_not_have_are_not_asked_for(tmp_path):
         plan_of(tmp_path, LATENT | {"moe_intermediate_size": 2050}, 4, f"{TP}=4 sequence_parallel=true")
     with pytest.raises(ValueError, match=r"must divide intermediate_size \(18434\)"):
         plan_of(tmp_path, LATENT | {"intermediate_size": 18434}, 4, f"{TP}=4 sequence_parallel=true")
+
+
+EXAMPLES = (Path(__file__).parents[2] / "docs/parallelism.md").read_text().split("```yaml")[1:]
+MODEL_OF_EXAMPLE = {
+    "Qwen2.5-VL-7B": DENSE | {"vision_config": {"num_heads": 16, "intermediate_size": 3420, "hidden_size": 1280}},
+    "Qwen2.5-VL-32B": {"num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40,
+                       "num_key_value_heads": 8, "vocab_size": 152064,
+                       "vision_config": {"num_heads": 16, "intermediate_size": 3456, "hidden_size": 1280}},
+    "Qwen3-30B-A3B": MIXTURE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=MODEL_OF_EXAMPLE)
+def test_examples_of_the_guide_fit_their_models(tmp_path, example):
+    text = example.split("```")[0]
+    model = next(model for model in MODEL_OF_EXAMPLE if f"# {model}:" in text)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_OF_EXAMPLE[model]))
+    whole = OmegaConf.merge(OmegaConf.create(BASE), OmegaConf.create(text))
+    whole.megatron_training.tokenizer_name_or_path = str(tmp_path)
+    OmegaConf.save(whole, tmp_path / "run.yaml")
+    plan = make_plan(load_config(tmp_path / "run.yaml", ["generate_config.kv_cache_bytes=100000000000"]))
+    train = plan.train
+    assert not plan.run.num_devices % (train.tensor_parallel_size * train.pipeline_parallel_size)
+    assert len(EXAMPLES) == len(MODEL_OF_EXAMPLE)
