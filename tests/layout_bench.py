@@ -15,7 +15,8 @@ from tests.layout_modes import MODELS, MODES, ONE_PROCESS, plan_for
 from tests.layout_ranks import Seen, run
 from tests.rank_pool import RankPool
 
-_OF_LOSS = ("pg_loss", "kl_loss", "entropy")
+_OF_LOSS = ("pg_loss", "kl_loss", "entropy", "vf_loss")
+"""Those of a policy and that of a critic."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Differences:
     """Largest ones from one process."""
 
     logprobs: float
-    """Of a token, before the first and after the last update."""
+    """Of a token, before the first and after the last update; a critic's values."""
     loss: float
     """Of an update, relative, of each of its terms."""
     grad_norm: float
@@ -51,7 +52,7 @@ class LayoutBench:
         self.found[model, mode] = None
         single, reference = self._reference(model), self.folder / f"{model}.pt"
         plan = plan_for(MODELS[model], MODES[mode], self.folder / model)
-        seen = self.pool.run(MODES[mode].processes, run, plan, reference)
+        seen = self.pool.run(MODES[mode].processes, run, plan, reference, MODELS[model].is_critic)
         self.found[model, mode] = _differences(single, seen)
         return self.found[model, mode]
 
@@ -59,7 +60,7 @@ class LayoutBench:
         if model not in self._single:
             folder = MODELS[model].make(self.folder / model)
             plan = plan_for(MODELS[model], ONE_PROCESS, folder)
-            (self._single[model],) = self.pool.run(1, run, plan, self.folder / f"{model}.pt")
+            (self._single[model],) = self.pool.run(1, run, plan, self.folder / f"{model}.pt", MODELS[model].is_critic)
         return self._single[model]
 
     def table(self, megatron: str) -> str:
@@ -91,13 +92,10 @@ def _cell(found: Mapping[tuple[str, str], Differences | None], model: str, mode:
 
 
 def _differences(single: Seen, ranks: list[Seen]) -> Differences:
-    logprobs = [
-        _largest(single.logprobs, [seen.logprobs for seen in ranks]),
-        _largest(single.later_logprobs, [seen.later_logprobs for seen in ranks]),
-    ]
+    before, after = [seen.before for seen in ranks], [seen.after for seen in ranks]
     return Differences(
-        logprobs=max(logprobs),
-        loss=max(_relative(single, ranks, name) for name in _OF_LOSS),
+        logprobs=max(_largest(single.before, before), _largest(single.after, after)),
+        loss=max(_relative(single, ranks, name) for name in _OF_LOSS if name in single.metrics[0]),
         grad_norm=_relative(single, ranks, "grad_norm"),
         weights=max(seen.weights for seen in ranks),
     )

@@ -21,6 +21,7 @@ class Model:
     plan: Mapping[str, Any] = field(default_factory=dict)
     """Fields of TrainPlan."""
     has_experts: bool = False
+    is_critic: bool = False
 
     def make(self, folder: Path) -> Path:
         """Four layers: two virtual stages on two pipeline ranks need as many."""
@@ -30,6 +31,7 @@ class Model:
 
 MODELS = {
     "Qwen2.5": Model("qwen2", sizes={"tied": True}),
+    "Qwen2.5, critic": Model("qwen2", sizes={"tied": True}, is_critic=True),
     "Qwen2.5-VL": Model("qwen2_5_vl"),
     "Qwen2.5-VL, ViT trained": Model("qwen2_5_vl", plan={"freeze_vision": False, "freeze_projector": False}),
     "Qwen3": Model("qwen3"),

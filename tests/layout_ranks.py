@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ PICTURES_OF_PROMPT = ((), (0, 2), (1,), (), (2,))
 class Seen:
     """What a rank knows of the run; numbers that only another rank has are missing."""
 
-    logprobs: dict[int, list[float]]
-    """By sample id, before the first update."""
-    later_logprobs: dict[int, list[float]]
+    before: dict[int, list[float]]
+    """Log-probs, or a critic's values, by sample id before the first update."""
+    after: dict[int, list[float]]
     """After the last one."""
     metrics: list[dict[str, float]]
     """Of each update."""
@@ -40,7 +41,7 @@ class Seen:
     """Largest difference of this rank's weights, after the last update, from those of one process."""
 
 
-def run(rank: int, world: int, address: str, plan: TrainPlan, reference: Path) -> Seen:
+def run(rank: int, world: int, address: str, plan: TrainPlan, reference: Path, is_critic: bool) -> Seen:
     """STEPS updates of one batch. world 1: the weights that come out are written to `reference`, which the others read."""
     from mindspeed_mm_rl.platforms import device
 
@@ -50,32 +51,61 @@ def run(rank: int, world: int, address: str, plan: TrainPlan, reference: Path) -
 
     process_groups.initialize(plan, rank, world, address)
     try:
-        return _train(plan, reference, is_reference=world == 1)
+        return _train(_critic(plan) if is_critic else _policy(plan), reference, is_reference=world == 1)
     finally:
         process_groups.destroy()
 
 
-def _train(plan: TrainPlan, reference: Path, is_reference: bool) -> Seen:
+@dataclass(frozen=True)
+class Trained:
+    engine: Any
+    numbers: Callable[..., dict[int, torch.Tensor]]
+    """The engine's answer for each response token: log-probs or values."""
+    loss: Callable[..., Any]
+    config: dict[str, Any]
+    """Of its weights."""
+
+
+def _policy(plan: TrainPlan) -> Trained:
     from mindspeed_mm_rl.algorithms.losses import PolicyLossSettings, clipped_policy_loss
-    from mindspeed_mm_rl.engines.base import UpdateRequest
     from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
-    from mindspeed_mm_rl.models.weight_layout import to_hf
 
     engine = MegatronTrainEngine(plan, with_reference=False, entropy_bonus=True, publish_vision=True)
-    images = make_images(Path(plan.hf_path)) if engine.architecture.vision else {}
-    batch = make_batch(engine.architecture, images)
+    loss = functools.partial(clipped_policy_loss, settings=PolicyLossSettings(0.2, 0.28, kl_coef=0.05, entropy_coeff=0.01))
+    return Trained(engine, engine.logprobs, loss, engine.architecture.raw)
+
+
+def _critic(plan: TrainPlan) -> Trained:
+    from mindspeed_mm_rl.algorithms.losses import ValueLossSettings, clipped_value_loss
+    from mindspeed_mm_rl.engines.megatron.critic import MegatronCriticEngine
+    from mindspeed_mm_rl.models.names import with_value_head
+
+    engine = MegatronCriticEngine(plan)
+    if engine.network.post_process:
+        # A new head is zero, and then nothing below it has a gradient.
+        torch.nn.init.normal_(engine.network.text_decoder.output_layer.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    loss = functools.partial(clipped_value_loss, settings=ValueLossSettings(0.2))
+    return Trained(engine, engine.values, loss, with_value_head(engine.architecture.raw))
+
+
+def _train(trained: Trained, reference: Path, is_reference: bool) -> Seen:
+    from mindspeed_mm_rl.engines.base import UpdateRequest
+    from mindspeed_mm_rl.models.weight_layout import to_hf
+
+    engine, architecture = trained.engine, trained.engine.architecture
+    images = make_images(Path(engine.plan.hf_path)) if architecture.vision else {}
+    batch = make_batch(architecture, images)
     rows = own_rows(batch)
-    has_encoder = engine.architecture.vision is not None and engine.networks[0].pre_process
+    has_encoder = architecture.vision is not None and engine.networks[0].pre_process
     pictures = engine.encode(images) if has_encoder and engine.vision_is_frozen else images
     request = UpdateRequest(batch, rows, float(batch.loss_mask.values.sum()), float(len(batch)))
-    loss = functools.partial(clipped_policy_loss, settings=PolicyLossSettings(0.2, 0.28, kl_coef=0.05, entropy_coeff=0.01))
-    before = engine.logprobs(batch, rows, pictures)
-    metrics = [engine.update(request, pictures, loss) for _ in range(STEPS)]
-    after = engine.logprobs(batch, rows, pictures)
+    before = trained.numbers(batch, rows, pictures)
+    metrics = [engine.update(request, pictures, trained.loss) for _ in range(STEPS)]
+    after = trained.numbers(batch, rows, pictures)
     engine.whole_parameters()
     if is_reference:
-        torch.save(dict(to_hf(engine.network.weights(), engine.architecture.raw)), reference)
-    return Seen(_listed(before), _listed(after), metrics, _difference(engine, torch.load(reference, weights_only=True)))
+        torch.save(dict(to_hf(engine.network.weights(), trained.config)), reference)
+    return Seen(_listed(before), _listed(after), metrics, _difference(trained, torch.load(reference, weights_only=True)))
 
 
 def own_rows(batch: Batch) -> list[int]:
@@ -90,13 +120,14 @@ def _listed(logprobs: dict[int, torch.Tensor]) -> dict[int, list[float]]:
     return {sample_id: values.tolist() for sample_id, values in logprobs.items()}
 
 
-def _difference(engine: Any, whole: dict[str, torch.Tensor]) -> float:
+def _difference(trained: Trained, whole: dict[str, torch.Tensor]) -> float:
     """whole: by Hugging Face name."""
     from mindspeed_mm_rl.engines.megatron import process_groups
     from mindspeed_mm_rl.models.rank_pieces import chunk_pieces, grid_entries, read_pieces
 
-    grid, place = process_groups.grid(engine.plan, engine.architecture.text.num_layers), process_groups.grid_place()
-    table, largest = grid_entries(engine.architecture.raw, grid), 0.0
+    engine, place = trained.engine, process_groups.grid_place()
+    grid = process_groups.grid(engine.plan, engine.architecture.text.num_layers)
+    table, largest = grid_entries(trained.config, grid), 0.0
     for virtual, network in enumerate(engine.networks):
         expected, own = read_pieces(whole, chunk_pieces(table, grid, place, virtual)), network.weights()
         assert expected.keys() == own.keys()
@@ -136,4 +167,6 @@ def make_batch(architecture: Any, images: dict[str, ImageInput]) -> Batch:
         image_keys=tuple(keys_of[i // n] for i in range(count)),
         rewards=(1.0, 0.0) * (count // n),
         samples_per_prompt=n,
+        values=Ragged(flat * 0.5, RESPONSE_LENGTHS),
+        returns=Ragged(flat * 0.5 + flat.roll(1), RESPONSE_LENGTHS),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mindspeed_mm_rl.config.plan import TrainPlan
-from mindspeed_mm_rl.types import Batch, Images
+from mindspeed_mm_rl.types import Batch, ImageFeatures, Images
 from tests.layout_ranks import make_batch, make_images, own_rows
 
 EVERYTHING = ("param", "grad", "optimizer", "reference")
@@ -19,7 +19,7 @@ Digests = dict[str, str]
 
 
 def run(rank: int, world: int, address: str, plan: TrainPlan, role: str, folder: Path) -> Digests:
-    """A rank of RankPool. role: actor or critic; folder: with two empty folders for saves, first and last."""
+    """A rank of RankPool. role: actor, critic or vision; folder: with two empty folders for saves, first and last."""
     from mindspeed_mm_rl.platforms import device
 
     device.set_threads(1)
@@ -28,7 +28,7 @@ def run(rank: int, world: int, address: str, plan: TrainPlan, role: str, folder:
 
     process_groups.initialize(plan, rank, world, address)
     try:
-        return {"actor": _actor_phases, "critic": _critic_phases}[role](plan, folder)
+        return {"actor": _actor_phases, "critic": _critic_phases, "vision": _vision_phases}[role](plan, folder)
     finally:
         process_groups.destroy()
 
@@ -63,6 +63,24 @@ def _critic_phases(plan: TrainPlan, folder: Path) -> Digests:
     loss = functools.partial(clipped_value_loss, settings=ValueLossSettings(0.2))
     verbs = {"values": lambda: engine.values(batch, rows, {}), "update": lambda: engine.update(_request(batch, rows), {}, loss)}
     return _phases(engine, verbs, dict, folder)
+
+
+def _vision_phases(plan: TrainPlan, folder: Path) -> Digests:
+    from mindspeed_mm_rl.engines.megatron.vision import TrainedVisionEngine
+
+    engine = TrainedVisionEngine(plan, with_reference=True)
+    images = make_images(Path(plan.hf_path))
+    gradients = {key: torch.ones_like(features.embeddings) for key, features in engine.encode(images).items()}
+    verbs = {
+        "ref_encode": lambda: _features(engine.ref_encode(images)),
+        "encode": lambda: _features(engine.encode(images)),
+        "update": lambda: engine.step(engine.backward(images, [gradients])),
+    }
+    return _phases(engine, verbs, lambda: _published(engine), folder)
+
+
+def _features(table: dict[str, ImageFeatures]) -> list[torch.Tensor]:
+    return [features.embeddings for features in table.values()]
 
 
 def _phases(engine: Any, verbs: dict[str, Callable[[], Any]], publish: Callable[[], Any], folder: Path) -> Digests:

@@ -18,6 +18,7 @@ from mindspeed_mm_rl.trainer.evaluate import without_training
 from tests.continuation import check_same, dpo, stopped_and_resumed, straight
 from tests.data_files import png, row, write_rows
 from tests.plans import eval_plan, optimizer_plan, pairs_plan
+from tests.tiny import make_tiny_text
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -73,6 +74,16 @@ def test_a_rule_is_learned_the_reference_asked_once_and_the_save_evaluated_as_in
         without_training(replace(trained, train=replace(trained.train, reference_load=trained.train.load)))
 
 
+def test_experts_that_two_devices_share_learn_from_pairs(tmp_path: Path) -> None:
+    model = make_tiny_text(tmp_path / "model", family="qwen3_moe")
+    plan = pairs_plan(model, letter_pairs(tmp_path / "train.jsonl", 16), tmp_path, beta=0.5)
+    run = replace(plan.run, num_devices=2, train_iters=6, prompts_per_generation=16, mini_batch_prompts=16)
+    build.run(replace(plan, run=run, train=replace(plan.train, expert_parallel_size=2)))
+    records = read_records(tmp_path / "logs" / "metrics.jsonl")
+    assert records[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and records[-1]["loss"] < 0.5
+    assert records[-1]["rewards/accuracies"] > 0.9
+
+
 def picture_pairs(path: Path) -> Path:
     """17 rows: a picture, two pictures, none, in turn."""
     rows = []
@@ -95,16 +106,18 @@ def test_a_stop_changes_nothing_also_with_pictures_and_two_devices(tiny_vl: Path
     assert [record["reference/computed_pairs"] for record in results[0].records] == [6, 6, 0, 0]
 
 
-@pytest.mark.parametrize("colocated", [False, True], ids=["inside", "vision_workers"])
-def test_a_trained_vision_encoder_learns_from_pairs(tiny_vl: Path, tmp_path: Path, colocated: bool) -> None:
+@pytest.mark.parametrize(
+    ("colocated", "frozen"), [(False, False), (True, False), (True, True)], ids=["trained_inside", "trained_workers", "frozen_workers"]
+)
+def test_the_vision_encoder_may_be_trained_and_stand_apart(tiny_vl: Path, tmp_path: Path, colocated: bool, frozen: bool) -> None:
     plan = pairs_plan(tiny_vl, picture_pairs(tmp_path / "train.parquet"), tmp_path, cache_reference=False)
-    train = replace(plan.train, freeze_vision=False, freeze_projector=False)
+    train = replace(plan.train, freeze_vision=frozen, freeze_projector=frozen)
     vision = replace(train, rows_together=1) if colocated else None
-    plan = replace(plan, train=replace(train, with_vision=not colocated), rollout=replace(plan.rollout, image_embeds=False), vision=vision)
+    plan = replace(plan, train=replace(train, with_vision=not colocated), rollout=replace(plan.rollout, image_embeds=frozen), vision=vision)
     build.run(plan)
     records = read_records(tmp_path / "logs" / "metrics.jsonl")
     assert records[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and records[1]["loss"] < records[0]["loss"]
+    assert (records[0]["vision/images_encoded"] > 0) == frozen
     save = tmp_path / "save" / "iter_0000002"
-    trained = read_weights(save / "vision" if colocated else save)
-    name = "image_encoder.encoder.patch_embed.proj.weight"
-    assert not torch.equal(trained[name], read_weights(tiny_vl)["visual.patch_embed.proj.weight"])
+    after = read_weights(save / "vision" if colocated else save)["image_encoder.encoder.patch_embed.proj.weight"]
+    assert torch.equal(after, read_weights(tiny_vl)["visual.patch_embed.proj.weight"]) == frozen

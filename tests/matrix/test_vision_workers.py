@@ -39,6 +39,6 @@ def test_ten_iterations_have_the_curve_of_one_process(tiny_vl: Path, tmp_path: P
         assert right["rollout/logprob_gap/max"] <= 1e-4
         assert right["vision/images_encoded"] == right["vision/images"] > 0
         # Sums in another order: a token in some thousands is drawn otherwise in the end, and what follows it.
-        assert right["rollout/reward/mean"] == pytest.approx(left["rollout/reward/mean"], abs=0.05)
+        assert right["rollout/reward/mean"] == pytest.approx(left["rollout/reward/mean"], abs=0.02)
     for name in ("rollout/reward/mean", "actor/grad_norm", "response_length/mean"):
         assert several[0][name] == pytest.approx(one[0][name], rel=1e-4), name

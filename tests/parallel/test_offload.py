@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.layout_modes import Model
 from tests.offload_phases import EVERYTHING, run
 from tests.plans import optimizer_plan, train_plan
 from tests.rank_pool import RankPool
-from tests.tiny import make_tiny_text
 
 DISTRIBUTED = {"use_distributed_optimizer": True}
 TRAINED_VISION = {"freeze_vision": False, "freeze_projector": False}
@@ -28,10 +28,11 @@ ONE_PROCESS = {
 }
 OVERLAP = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 SEVERAL = {
-    "TP2+SP": ({"tensor_parallel_size": 2, "sequence_parallel": True}, {}),
-    "PP2+VPP2": ({"pipeline_parallel_size": 2, "pipeline_layers": ((1, 1), (1, 1))}, {}),
-    "DP2, distributed optimizer, overlap": ({"dtype": "bfloat16"}, OVERLAP),
-    "EP2, distributed optimizer": ({"expert_parallel_size": 2}, DISTRIBUTED),
+    "TP2+SP": ("qwen2", "actor", {"tensor_parallel_size": 2, "sequence_parallel": True}, {}),
+    "PP2+VPP2": ("qwen2", "actor", {"pipeline_parallel_size": 2, "pipeline_layers": ((1, 1), (1, 1))}, {}),
+    "DP2, distributed optimizer, overlap": ("qwen2", "actor", {"dtype": "bfloat16"}, OVERLAP),
+    "EP2, distributed optimizer": ("qwen3_moe", "actor", {"expert_parallel_size": 2}, DISTRIBUTED),
+    "vision workers, TP2": ("qwen2_5_vl", "vision", {"tensor_parallel_size": 2, **TRAINED_VISION}, {}),
 }
 
 
@@ -61,8 +62,6 @@ def test_one_process(pool: RankPool, request: pytest.FixtureRequest, tmp_path: P
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_two_processes(pool: RankPool, tmp_path: Path, name: str) -> None:
-    fields, optimizer = SEVERAL[name]
-    family = "qwen3_moe" if "expert_parallel_size" in fields else "qwen2"
-    model = make_tiny_text(tmp_path / "model", family=family, layers=4)
-    plan = train_plan(model, max_samples_per_micro_batch=2, optimizer=optimizer_plan(**optimizer), **fields)
-    check(pool, 2, plan, "actor", tmp_path)
+    family, role, fields, optimizer = SEVERAL[name]
+    model = Model(family, {"layers": 4}).make(tmp_path / "model")
+    check(pool, 2, train_plan(model, max_samples_per_micro_batch=2, optimizer=optimizer_plan(**optimizer), **fields), role, tmp_path)

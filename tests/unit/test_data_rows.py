@@ -51,6 +51,16 @@ def test_row_contents(tmp_path):
     assert rows.digests() == {"train.parquet": file_digest(tmp_path / "train.parquet")}
 
 
+def test_a_content_in_parts_is_its_text_with_a_marker_for_each_picture(tmp_path):
+    parts = [{"type": "text", "text": "Left: "}, {"type": "image", "text": None}, {"type": "text", "text": " Find x."}]
+    bad = [{"type": "video", "text": None}]
+    prompts = [[{"role": "user", "content": content}] for content in (parts, bad)]
+    rows = prompt_rows(write_rows(tmp_path / "train.parquet", [row() | {"prompt": prompt} for prompt in prompts]))
+    assert rows[0].messages == ({"role": "user", "content": "Left: <image> Find x."},)
+    with pytest.raises(ValueError, match="row 1: a message of column 'prompt' lacks the text of role or content"):
+        rows[1]
+
+
 def test_images_may_be_files_beside_the_parquet(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(png(28, 28))
