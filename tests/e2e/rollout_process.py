@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +91,9 @@ class RolloutProcess:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+    def pid(self) -> int:
+        return self._pool.submit(os.getpid).result()
 
     def join(self, address: str, rank: int, size: int) -> None:
         """Before `build` of an engine that is spread over `size` processes."""

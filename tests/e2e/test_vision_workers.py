@@ -50,8 +50,8 @@ def apart(plan: Plan, **layout: Any) -> Plan:
 
 
 def trained(plan: Plan) -> Plan:
-    # Or a step would go as far by rounding errors as by gradients, where these are about 0.
-    optimizer = replace(plan.train.optimizer, adam_eps=1e-5)
+    # Adam would go as far by rounding errors as by gradients where these are about 0, as those of a KL term are at first.
+    optimizer = replace(plan.train.optimizer, adam_eps=1e-4)
     plan = replace(plan, train=replace(plan.train, freeze_vision=False, freeze_projector=False, optimizer=optimizer))
     return replace(plan, rollout=replace(plan.rollout, image_embeds=False))
 
@@ -86,11 +86,12 @@ def test_a_trained_encoder_is_updated_as_one_with_the_actor(tiny_vl: Path, repea
     """The rollout engine gets its weights from two groups of processes: its log-probs would tell if one were old."""
 
     def plan(name: str) -> Plan:
-        return trained(short(grpo_with_kl(continuation_plan(tiny_vl, repeated, tmp_path / name, num_devices=2))))
+        whole = trained(short(grpo_with_kl(continuation_plan(tiny_vl, repeated, tmp_path / name, num_devices=2))))
+        return replace(whole, run=replace(whole.run, samples_per_prompt=12))
 
     inside, outside = straight(plan("inside")), straight(apart(plan("apart"), tensor_parallel_size=2))
     check_same_run(inside, outside)
-    assert outside.records[1]["actor/kl_loss"] > 0
+    assert outside.records[1]["actor/kl_loss"] > 0 and all(record["actor/grad_norm"] > 0.1 for record in outside.records)
     config = read_config(tiny_vl)
     start, ours, theirs = (source_of(folder, config) for folder in (tiny_vl, plan("inside").run.save, plan("apart").run.save))
     for name in start.shapes:

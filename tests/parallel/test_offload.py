@@ -63,5 +63,5 @@ def test_one_process(pool: RankPool, request: pytest.FixtureRequest, tmp_path: P
 @pytest.mark.parametrize("name", SEVERAL)
 def test_two_processes(pool: RankPool, tmp_path: Path, name: str) -> None:
     family, role, fields, optimizer = SEVERAL[name]
-    model = Model(family, {"layers": 4}).make(tmp_path / "model")
+    model = Model(family).make(tmp_path / "model")
     check(pool, 2, train_plan(model, max_samples_per_micro_batch=2, optimizer=optimizer_plan(**optimizer), **fields), role, tmp_path)

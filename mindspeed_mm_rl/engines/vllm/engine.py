@@ -21,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from mindspeed_mm_rl.config.plan import RolloutPlan
 from mindspeed_mm_rl.engines.vllm import ranks, weights
 from mindspeed_mm_rl.engines.vllm.completeness import check_complete, holds_vision
+from mindspeed_mm_rl.engines.vllm.launching import without_queues
 from mindspeed_mm_rl.engines.vllm.model_class import import_model_class
 from mindspeed_mm_rl.models.families import Architecture, read_architecture
 from mindspeed_mm_rl.models.names import PARTS
@@ -46,7 +47,8 @@ class VllmRolloutEngine:
             # vLLM turns later calls into a warning.
             torch.set_num_threads(plan.threads)
         import_model_class(plan.hf_path)
-        self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture))
+        with without_queues():
+            self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture))
         weights.open_receiver(self._llm)
         self._is_asleep = False
         self._seconds: dict[str, float] = {}

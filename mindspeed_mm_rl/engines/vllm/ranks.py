@@ -17,6 +17,7 @@ import torch.distributed as dist
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from mindspeed_mm_rl.engines.vllm.launching import LaunchedRank
 from mindspeed_mm_rl.platforms import compat, device, env
 
 if TYPE_CHECKING:
@@ -39,15 +40,8 @@ def engine_arguments(plan: RolloutPlan) -> dict[str, Any]:
     seconds = math.ceil(plan.timeout_seconds)
     # Groups that vLLM makes ignore the bound of the world. Old versions have none to give.
     bounds = compat.supported_arguments(EngineArgs, {"distributed_timeout_seconds": seconds, "cpu_distributed_timeout_seconds": seconds})
-    return {"tensor_parallel_size": plan.tensor_parallel_size, "distributed_executor_backend": _launcher(), **bounds}
-
-
-def _launcher() -> Any:
-    if not current_platform.is_cpu():
-        return "external_launcher"
-    from mindspeed_mm_rl.engines.vllm.cpu_executor import LaunchedRank
-
-    return LaunchedRank
+    launcher = LaunchedRank if current_platform.is_cpu() else "external_launcher"
+    return {"tensor_parallel_size": plan.tensor_parallel_size, "distributed_executor_backend": launcher, **bounds}
 
 
 class Pace:

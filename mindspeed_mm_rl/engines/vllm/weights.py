@@ -1,6 +1,6 @@
 """New weights into a running vLLM engine by its weight-update API, with a backend of our own.
 
-The only file, beside cpu_executor.py, that touches vLLM's private parts.
+The only file, beside launching.py, that touches vLLM's private parts.
 
     start_weight_update -> update_weights (maps the trainer's memory, loads from it) -> finish_weight_update -> caches reset
 """
