@@ -182,5 +182,7 @@ def _eval_file(plan: DataPlan, whole: Plan) -> str:
 def _told(report: ScanReport, plan: DataPlan) -> str:
     bound = f", seq_length {plan.max_pair_length}" if plan.max_pair_length else ""
     dropped = f", {report.too_long} too long (max_prompt_length {plan.max_prompt_length}{bound})" if report.too_long else ""
-    bad = f", {len(report.bad_rows)} bad (skip_bad_rows), the first: {report.bad_rows[0]}" if report.bad_rows else ""
-    return f"{report.usable} of {report.rows} rows usable, longest prompt {report.longest_prompt} tokens{dropped}{bad}"
+    rules = ", ".join(f"{count} {rule}" for rule, count in sorted(report.rules.items()))
+    bad = f", {len(report.bad_rows)} bad (skip_bad_rows: {rules}), the first: {report.bad_rows[0]}" if report.bad_rows else ""
+    answered = f", {report.longest} with its longer answer" if plan.max_pair_length else ""
+    return f"{report.usable} of {report.rows} rows usable, longest prompt {report.longest_prompt} tokens{answered}{dropped}{bad}"

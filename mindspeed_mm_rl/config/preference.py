@@ -22,7 +22,9 @@ _RL_KEYS = {
     "log_max_throughput",
 }  # fmt: skip
 """Of rl_config; the others speak of sampling, grading and credit."""
-_GENERATE_KEYS = {"limit_mm_image_per_prompt", "trust_remote_code"}
+_GENERATE_KEYS = {
+    "limit_mm_image_per_prompt", "trust_remote_code", "offload_train_param", "offload_train_grad", "offload_train_optimizer",
+}  # fmt: skip
 _EVAL_KEYS = {"data_path", "held_out_rows", "interval", "at_start", "max_rows"}
 _ROWS_OF_A_PAIR = 2
 

@@ -92,7 +92,7 @@ class PreferenceTrainer:
             num_devices=self.plan.run.num_devices,
             use_max_lengths=self.plan.run.log_max_throughput,
         )
-        return iteration_record(self.plan.recipe.algorithm, values, clock, tokens)
+        return iteration_record(self.plan.recipe.algorithm, values, clock, tokens) | self.trainers.take_metrics()
 
 
 def of_updates(updates: list[Update]) -> dict[str, float]:

@@ -86,6 +86,7 @@ def start_of(plan: Plan) -> Start:
         said = f"continuing {save} after iteration {iteration}"
         critic = None if plan.critic is None else replace(plan.critic, load=_critic_of(save, contents), **whole)
         _check_placement(save, contents, plan)
+        _check_data(save, contents, plan)
         vision = None if plan.vision is None else replace(plan.vision, load=str(save / VISION_FOLDER), **whole)
         changed = replace(plan, train=train, critic=critic, vision=vision)
         if not _shared_vision(contents):
@@ -138,6 +139,17 @@ def _check_placement(save: Path, contents: dict[str, Any], plan: Plan) -> None:
         raise ValueError(
             f"{save} was written with rl_config.colocate_actor_and_vit={was}, but this run has {now}: set it to {was}, or begin a new run "
             "with its weights (actor_config.finetune=true, and an actor_config.save of its own)"
+        )
+
+
+def _check_data(save: Path, contents: dict[str, Any], plan: Plan) -> None:
+    """A position among prompts says nothing of one among pairs."""
+    was_on_pairs = "pairs" in contents["data"]
+    if was_on_pairs != (plan.preference is not None):
+        was, now = ("pairs", "prompts") if was_on_pairs else ("prompts", "pairs")
+        raise ValueError(
+            f"{save} was trained on {was}, but this run trains on {now}: take another megatron_training.stage, or begin a new run with its "
+            "weights (actor_config.finetune=true, and an actor_config.save of its own)"
         )
 
 

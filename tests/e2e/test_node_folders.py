@@ -96,8 +96,8 @@ def test_a_save_that_fails_leaves_nothing_on_the_other_node(cluster: None, tmp_p
 def test_folders_that_a_node_lacks_are_named(cluster: None, plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"megatron_training.tokenizer_name_or_path: node 10.0.0.2 lacks .*config.json, .* of .*, or has another version of it: copy the folder "
-        r"there from 10.0.0.1, to the same path",
+        match=r"megatron_training.tokenizer_name_or_path: node 10.0.0.2 lacks .*config.json, .* of .*, or has another version of it: copy "
+        r"the folder there from 10.0.0.1, to the same path",
     ):
         storage_of(plan, [disk(tmp_path / "other")], "10.0.0.1")
 

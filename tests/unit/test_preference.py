@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from mindspeed_mm_rl.algorithms.preference import OBJECTIVES, PreferenceSettings, loss_of, preference_loss
+from mindspeed_mm_rl.config.plan import PreferencePlan
+from mindspeed_mm_rl.config.schema import MegatronConfig
 from mindspeed_mm_rl.data.packing import micro_batches
 from mindspeed_mm_rl.trainer.dpo import measured
 from mindspeed_mm_rl.types import Batch, LossInput, Ragged
@@ -207,6 +210,13 @@ def test_parts_and_a_pair_without_weight_add_up_to_the_whole(settings: Preferenc
     (gradient,) = torch.autograd.grad(total, policy)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
     assert sums == pytest.approx({name: float(value) for name, value in metrics.items()}, rel=1e-12)
+
+
+def test_the_configuration_knows_the_losses_and_which_have_a_reference() -> None:
+    assert get_args(MegatronConfig.model_fields["dpo_loss_type"].annotation) == tuple(OBJECTIVES)
+    for name, objective in OBJECTIVES.items():
+        plan = PreferencePlan(name, 0.1, 0.0, 0.5, 0.0, cache_reference=False)
+        assert plan.needs_reference == objective.compares_with_reference
 
 
 def test_a_loss_with_a_reference_asks_for_it() -> None:

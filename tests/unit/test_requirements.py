@@ -9,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 OWN = {"mindspeed_mm_rl", "tests", "benchmarks", "checkpoint", "conftest"}
 DEVICE_ONLY = {"torch_npu", "mindspeed", "vllm_ascend", "flash_attn", "pip"}
+COMPARED_WITH = {"trl"}
+"""Installed aside where somebody asks for the comparison."""
 
 
 def _locked() -> set[str]:
@@ -19,7 +21,7 @@ def _locked() -> set[str]:
 def _missing(modules: set[str]) -> list[str]:
     owners, locked = packages_distributions(), _locked()
     given = {module for module, packages in owners.items() if {re.sub(r"[-_.]+", "-", name).lower() for name in packages} & locked}
-    return sorted(modules - given - OWN - DEVICE_ONLY - set(sys.stdlib_module_names))
+    return sorted(modules - given - OWN - DEVICE_ONLY - COMPARED_WITH - set(sys.stdlib_module_names))
 
 
 def _imported(tree: ast.AST) -> set[str]:

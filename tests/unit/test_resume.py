@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mindspeed_mm_rl.cli.main import app
 from mindspeed_mm_rl.cli.preflight import preflight
-from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.config.plan import Plan, PreferencePlan
 from mindspeed_mm_rl.models.weight_digest import weight_digest
 from mindspeed_mm_rl.trainer.resume import Start, start_of
 from mindspeed_mm_rl.trainer.save_folder import STATE_FILE, TRACKER
@@ -39,6 +39,21 @@ def refused(plan: Plan) -> str:
     with pytest.raises(ValueError) as error:
         start_of(plan)
     return str(error.value)
+
+
+def on_pairs(plan: Plan, loss_type: str = "sigmoid") -> Plan:
+    return replace(plan, preference=PreferencePlan(loss_type, 0.1, 0.0, 0.5, 0.0, cache_reference=True))
+
+
+def test_a_save_of_prompts_is_not_continued_with_pairs(plan: Plan) -> None:
+    saves = make_saves(plan, 2)
+    assert f"{saves.path_of(2)} was trained on prompts, but this run trains on pairs" in refused(on_pairs(plan))
+    assert start_of(changed(on_pairs(plan), resume="off")).save is None
+
+
+def test_pairs_are_compared_with_what_training_begins_with_where_the_loss_compares(plan: Plan) -> None:
+    assert start_of(on_pairs(plan)).reference.path == plan.train.load
+    assert start_of(on_pairs(plan, "orpo")).reference is None
 
 
 def test_without_a_save_a_run_is_new(plan: Plan) -> None:
