@@ -70,13 +70,13 @@ class LayoutBench:
             title=f"Largest difference from one process: log-prob, loss (relative), gradient norm (relative); megatron-core {megatron}",
             box=box.SIMPLE_HEAD,
         )
-        table.add_column("layout")
+        table.add_column("layout", no_wrap=True)
         for model in models:
-            table.add_column(model)
+            table.add_column(model, no_wrap=True)
         table.add_row("single", *["compared with"] * len(models))
         for mode in MODES:
             table.add_row(mode, *(_cell(self.found, model, mode) for model in models))
-        console = Console(width=150, file=io.StringIO(), record=True)
+        console = Console(width=180, file=io.StringIO(), record=True)
         console.print(table)
         return console.export_text()
 

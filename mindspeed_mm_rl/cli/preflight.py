@@ -87,7 +87,7 @@ def _weights(start: Start) -> str:
     parts = PARTS if train.with_vision else ("text",)
     found = _checked("actor_config.load" if start.save is None else str(start.save), train.load, config, parts)
     if plan.needs_reference and train.reference_load != train.load:
-        _checked("rl_config.integrated_mode_config.ref_model_load_path", train.reference_load, config)
+        _checked(plan.reference_key, train.reference_load, config)
     critic = "" if plan.critic is None else f"; critic: {_checked_critic(plan.critic.load, config).weights}"
     if plan.vision is not None:
         key = "vit_config.load" if plan.vision.load != train.load else "actor_config.load"

@@ -302,6 +302,11 @@ class Plan:
     """Training on pairs of responses: nothing is sampled or graded, so `rollout`, `reward` and `recipe` have no say. None: on prompts."""
 
     @property
+    def reference_key(self) -> str:
+        """Where a user names the reference."""
+        return "megatron_training.ref_model" if self.preference else "rl_config.integrated_mode_config.ref_model_load_path"
+
+    @property
     def needs_reference(self) -> bool:
         """Whether frozen weights are compared with."""
         return self.preference.needs_reference if self.preference else self.recipe.kl_coef != 0

@@ -20,7 +20,6 @@ from mindspeed_mm_rl.models.weight_files import CRITIC_FOLDER, WeightFolder, rea
 from mindspeed_mm_rl.models.weight_sources import VISION_PARTS, different_vision, source_of
 from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, TRACKER, SaveFolder, check_whole
 
-_REFERENCE_KEY = "rl_config.integrated_mode_config.ref_model_load_path"
 _DIGITS_SHOWN = 12
 
 
@@ -167,10 +166,10 @@ def _vision_notes(plan: Plan) -> tuple[str, ...]:
     # A frozen encoder serves the reference too; one that is trained has a reference of its own, which the user may choose.
     is_compared = plan.needs_reference and is_given == plan.rollout.image_embeds
     if is_compared and (name := differs_from(train.reference_load)):
-        key = _REFERENCE_KEY if is_given else "actor_config.load"
+        key = plan.reference_key if is_given else "actor_config.load"
         raise ValueError(
             f"{name} of the vision encoder in {vision.load} differs from that in {train.reference_load} ({key}), with which the policy "
-            f"is compared: give a reference with the same vision encoder in {_REFERENCE_KEY}, or take none (rl_config.init_kl_coef=0)"
+            f"is compared: give a reference with the same vision encoder in {plan.reference_key}, or take none (rl_config.init_kl_coef=0)"
         )
     if differs_from(train.load):
         return (f"the vision encoder is that of vit_config.load ({vision.load}); actor_config.load ({train.load}) holds another one",)
@@ -260,15 +259,15 @@ def _reference(plan: Plan, start: Start) -> Reference:
         if not given and not base:
             raise ValueError(
                 f"the policy is compared with a reference, but {start.save} doesn't say which: give the weights that training began with "
-                f"in {_REFERENCE_KEY}"
+                f"in {plan.reference_key}"
             )
-        return _digested(_REFERENCE_KEY if given else "actor_config.load", given or base, train.hf_path)
+        return _digested(plan.reference_key if given else "actor_config.load", given or base, train.hf_path)
     if not given:
         return _remembered(recorded, base, start, train.hf_path)
-    found = _digested(_REFERENCE_KEY, given, train.hf_path)
+    found = _digested(plan.reference_key, given, train.hf_path)
     if found.digest != recorded.digest:
         raise ValueError(
-            f"{_REFERENCE_KEY}: the weights in {given} ({found.short}) are not those that {start.save} was trained with, "
+            f"{plan.reference_key}: the weights in {given} ({found.short}) are not those that {start.save} was trained with, "
             f"{recorded.path} ({recorded.short}): give those, or begin anew with another reference (actor_config.finetune=true)"
         )
     return found
@@ -298,5 +297,5 @@ def _remembered(recorded: Reference, base: str, start: Start, hf_path: str) -> R
         reasons.append(f"{path} holds other weights now ({found.short})")
     raise ValueError(
         f"the reference that {start.save} was trained with, {recorded.path} ({recorded.short}), is gone: {'; '.join(reasons)}. Put it "
-        f"back, or give a copy of it in {_REFERENCE_KEY}"
+        f"back, or give a copy of it in {start.plan.reference_key}"
     )

@@ -73,7 +73,7 @@ def _read_folders(plan: Plan) -> Iterator[tuple[str, str]]:
     wanted: list[tuple[str, Any]] = [
         ("megatron_training.tokenizer_name_or_path", plan.train.hf_path),
         ("actor_config.load", plan.train.load),
-        ("rl_config.integrated_mode_config.ref_model_load_path", plan.train.reference_load if plan.needs_reference else None),
+        (plan.reference_key, plan.train.reference_load if plan.needs_reference else None),
         ("critic_config.load", plan.critic and plan.critic.load),
         ("vit_config.load", plan.vision and plan.vision.load),
     ]

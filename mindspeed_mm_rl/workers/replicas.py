@@ -14,7 +14,7 @@ from typing import Any
 
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.data.packing import balanced_shares
-from mindspeed_mm_rl.engines.vllm.environment import rollout_env
+from mindspeed_mm_rl.engines.vllm.environment import rollout_env, without_segments
 from mindspeed_mm_rl.platforms import signals
 from mindspeed_mm_rl.types import PhaseReport, RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.weights.host import NodeHandles
@@ -37,7 +37,7 @@ class Replica:
         """Starts the processes and does not wait for them; `ready` does."""
         self.number, self._slots, self._timeout = number, slots, plan.run.timeout_seconds
         size = plan.rollout.tensor_parallel_size
-        variables = dict(plan.runtime_env) | rollout_env(plan.rollout.threads)
+        variables = without_segments(dict(plan.runtime_env)) | rollout_env(plan.rollout.threads)
         self.workers = [
             placement.spawn(slots, RolloutWorker, number * size + rank, variables, plan=plan.rollout, seed=plan.rollout.seed, rank=rank)
             for rank in range(size)

@@ -36,7 +36,13 @@ class PerturbedRollout(RolloutWorker):
 
 
 class StaleCacheRollout(RolloutWorker):
-    """From the third push on, keys and values of the old weights are kept: the reset says that it was done, and wasn't."""
+    """From the third push on, keys and values of the old weights are kept: the reset says that it was done, and wasn't.
+
+    An engine that sleeps forgets them too, so this one stays awake.
+    """
+
+    def sleep(self) -> None:
+        pass
 
     def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
         if policy_version == 2:

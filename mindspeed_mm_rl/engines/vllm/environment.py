@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 ROLLOUT_ENV = {
     # The engine lives in the worker's own process: requests, weights and aborts are plain calls.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -13,6 +15,21 @@ ROLLOUT_ENV = {
     # Idle OpenMP threads that spin slow down the other processes of the machine up to four times.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+
+
+_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
+
+
+def without_segments(variables: Mapping[str, str]) -> dict[str, str]:
+    """Of the variables that a user has for all workers: memory that can sleep lies in a pool of vLLM's, which refuses expandable segments.
+
+    Example: without_segments({"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:512"}) keeps max_split_size_mb:512.
+    """
+
+    def kept(value: str) -> str:
+        return ",".join(setting for setting in value.split(",") if not setting.strip().startswith("expandable_segments"))
+
+    return {name: kept(value) if name in _ALLOCATORS else value for name, value in variables.items()}
 
 
 def rollout_env(threads: int) -> dict[str, str]:
