@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -143,8 +142,8 @@ def trl_seconds(trl: str, model: str, pairs: list[Pair], batch: int, steps: int,
 
 
 def apart(work: Callable[..., list[float]], *arguments: Any) -> list[float]:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, arguments)
 
 
 def compare(kind: str, model: Path, folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
