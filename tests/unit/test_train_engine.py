@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from mindspeed_mm_rl.algorithms.losses import PolicyLossSettings, clipped_policy_loss
-from mindspeed_mm_rl.data.images import expand_image_tokens, pixel_values, prepare, read_image_settings
+from mindspeed_mm_rl.data.images import pixel_values, prepare, read_image_settings
 from mindspeed_mm_rl.engines.base import UpdateRequest
 from mindspeed_mm_rl.types import Batch, ImageInput, Ragged
 from mindspeed_mm_rl.weights.host import open_views
+from tests.pictures import batch_of
 from tests.plans import MAX_PIXELS, MIN_PIXELS, optimizer_plan, train_plan
 from tests.tiny import make_tiny_vl
 
@@ -46,29 +47,8 @@ def images(tiny_vl: Path) -> dict[str, ImageInput]:
 
 
 @pytest.fixture(scope="module")
-def batch(make_engine: MakeEngine, images: dict[str, ImageInput]) -> Batch:
-    """6 samples of 3 prompts: two pictures, one picture, none; responses of 3 to 11 tokens."""
-    architecture = make_engine().architecture
-    token, keys = architecture.image_token_id, list(images)
-    plain = [[5 + 8, token, 20, token, 21], [30, token, 31, 32], [40, 41, 42]]
-    keys_of = [(keys[0], keys[2]), (keys[1],), ()]
-    prompts = [expand_image_tokens(ids, [images[k].grid_thw for k in chosen], token, 2) for ids, chosen in zip(plain, keys_of, strict=True)]
-    generator = torch.Generator().manual_seed(3)
-    responses = [torch.randint(10, 200, (length,), generator=generator) for length in (3, 11, 5, 4, 7, 9)]
-    lengths = tuple(map(len, responses))
-    flat = torch.randn(sum(lengths), generator=generator)
-    advantages = [torch.full((n,), a) for n, a in zip(lengths, (1.0, -1.0, 0.5, -0.5, 2.0, -2.0), strict=True)]
-    return Batch(
-        sample_ids=tuple(range(6)),
-        prompts=Ragged.from_rows([prompts[i // 2] for i in range(6)], torch.int64),
-        responses=Ragged.from_rows(responses, torch.int64),
-        loss_mask=Ragged(torch.ones(sum(lengths)), lengths),
-        rollout_logprobs=Ragged(flat - 4, lengths),
-        image_keys=tuple(keys_of[i // 2] for i in range(6)),
-        rewards=(1.0, 0.0) * 3,
-        samples_per_prompt=2,
-        advantages=Ragged.from_rows(advantages, torch.float32),
-    )
+def batch(tiny_vl: Path, images: dict[str, ImageInput]) -> Batch:
+    return batch_of(tiny_vl, images)
 
 
 def request(batch: Batch) -> UpdateRequest:
