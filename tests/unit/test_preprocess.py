@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -296,7 +295,3 @@ def test_the_command_prepares_and_overrides(tmp_path, hf_folder):
 def test_the_command_ends_in_one_line(tmp_path):
     result = CliRunner().invoke(app, ["preprocess", "--config", str(tmp_path / "nowhere.yaml")])
     assert (result.exit_code, result.stderr) == (2, f"error: configuration file {tmp_path}/nowhere.yaml doesn't exist\n")
-    for name, sentence in (("mth_17k", "choose one of: deepscaler math_17k orca_rlhf"), ("math_17k", "dapo-math-17k.parquet")):
-        script = subprocess.run(["bash", SCRIPTS / "preprocess_data.sh", name], capture_output=True, text=True, cwd=tmp_path)
-        assert script.returncode == 2
-        assert sentence in script.stderr and script.stderr.startswith("error: ") and script.stderr.count("\n") == 1
