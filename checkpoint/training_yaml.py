@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from checkpoint.layouts import shown
-from mindspeed_mm_rl.config.model_file import read_model
+from mindspeed_mm_rl.config.composition import compose
+from mindspeed_mm_rl.config.model_file import model_choices, read_model
 from mindspeed_mm_rl.models.placement import Layout, Stages
 
 _SIZES = {
@@ -20,7 +19,9 @@ _SIZES = {
 
 def check_training_yaml(path: Path, layout: Layout, role: str, vision_alone: bool) -> None:
     """role: the section of the model, actor_config or critic_config. Raises ValueError naming the first number that differs, with both."""
-    content = _read(path)
+    if not path.is_file():
+        raise ValueError(f"training_yaml: {path} does not exist")
+    content = compose(path)
     shared, own = (content.get(name) or {} for name in ("megatron_training", "vit_config" if vision_alone else role))
     tensor = layout.tensor_of("vision") if vision_alone else layout.tensor
     converted = dict(zip(_SIZES, (tensor, layout.pipeline, layout.expert), strict=True))
@@ -30,26 +31,23 @@ def check_training_yaml(path: Path, layout: Layout, role: str, vision_alone: boo
             section = role if not vision_alone else "vit_config"
             raise ValueError(f"{path}: {section}.{key} is {wanted}, but the conversion has {_SIZES[key]} {value}; make them the same")
     model = read_model(content.get("model"), content.get("defaults"), path.parent, shared.get("model"))
-    _check_split(path, "text_decoder", model.get("text_decoder") or {}, layout.text)
-    _check_split(path, "vision_encoder", (model.get("image_encoder") or {}).get("vision_encoder") or {}, layout.vision)
+    given = own.get("num_layer_list", shared.get("num_layer_list"))
+    if given is not None and not vision_alone:
+        _check_split(path, f"{role}.num_layer_list", [int(number) for number in str(given).strip("[]() ").split(",")], layout.text)
+    else:
+        _check_split(path, "text_decoder.pipeline_num_layers of its model", model_choices(model, None).pipeline_num_layers, layout.text)
+    encoder = (model.get("image_encoder") or {}).get("vision_encoder") or {}
+    _check_split(path, "vision_encoder.pipeline_num_layers of its model", encoder.get("pipeline_num_layers"), layout.vision)
 
 
-def _check_split(path: Path, part: str, section: dict[str, Any], stages: Stages) -> None:
-    split = section.get("pipeline_num_layers")
-    if split is not None and stages and _flat(split) != [layers for row in stages for layers in row]:
-        raise ValueError(f"{path}: {part}.pipeline_num_layers of its model is {split}, but the conversion has {shown(stages)}")
+def _check_split(path: Path, where: str, split: Any, stages: Stages) -> None:
+    if split is not None and stages and _filled(_flat(split)) != _filled([layers for row in stages for layers in row]):
+        raise ValueError(f"{path}: {where} is {split}, but the conversion has {shown(stages)}")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"training_yaml: {path} does not exist")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"training_yaml: {path} is no YAML file ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"training_yaml: {path} holds no sections")
-    return content
+def _filled(stages: list[int]) -> list[int]:
+    """Up to the last stage with a layer."""
+    return stages[: max((number + 1 for number, layers in enumerate(stages) if layers), default=0)]
 
 
 def _flat(split: Any) -> list[int]:

@@ -38,7 +38,7 @@ def _actor_phases(plan: TrainPlan, folder: Path) -> Digests:
     from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
 
     engine = MegatronTrainEngine(plan, with_reference=True, entropy_bonus=False, publish_vision=True)
-    batch, images, rows = _inputs(engine, plan)
+    batch, images, rows = inputs(engine, plan)
     loss = functools.partial(clipped_policy_loss, settings=PolicyLossSettings(0.2, 0.28, kl_coef=0.05))
     pictures = images
     if engine.vision_is_frozen and images and engine.networks[0].pre_process:
@@ -46,7 +46,7 @@ def _actor_phases(plan: TrainPlan, folder: Path) -> Digests:
     verbs = {
         "ref_logprobs": lambda: engine.ref_logprobs(batch, rows, pictures),
         "logprobs": lambda: engine.logprobs(batch, rows, pictures),
-        "update": lambda: engine.update(_request(batch, rows), pictures, loss),
+        "update": lambda: engine.update(request(batch, rows), pictures, loss),
     }
     return _phases(engine, verbs, lambda: _published(engine), folder)
 
@@ -58,10 +58,10 @@ def _critic_phases(plan: TrainPlan, folder: Path) -> Digests:
     engine = MegatronCriticEngine(plan)
     torch.nn.init.normal_(engine.network.text_decoder.output_layer.weight, std=0.1, generator=torch.Generator().manual_seed(1))
     engine.optimizer.reload_model_params()
-    batch, _, rows = _inputs(engine, plan)
+    batch, _, rows = inputs(engine, plan)
     batch = batch.with_column("values", _batch_column(batch, 2)).with_column("returns", _batch_column(batch, 3))
     loss = functools.partial(clipped_value_loss, settings=ValueLossSettings(0.2))
-    verbs = {"values": lambda: engine.values(batch, rows, {}), "update": lambda: engine.update(_request(batch, rows), {}, loss)}
+    verbs = {"values": lambda: engine.values(batch, rows, {}), "update": lambda: engine.update(request(batch, rows), {}, loss)}
     return _phases(engine, verbs, dict, folder)
 
 
@@ -139,7 +139,7 @@ def _published(engine: Any) -> list[torch.Tensor]:
     return [tensor.clone() for _, tensor in open_views(handle)] if handle else []
 
 
-def _inputs(engine: Any, plan: TrainPlan) -> tuple[Batch, Images, list[int]]:
+def inputs(engine: Any, plan: TrainPlan) -> tuple[Batch, Images, list[int]]:
     images = make_images(Path(plan.hf_path)) if engine.architecture.vision and plan.with_vision else {}
     batch = make_batch(engine.architecture, images)
     return batch, images, own_rows(batch)
@@ -150,7 +150,7 @@ def _batch_column(batch: Batch, seed: int) -> dict[int, torch.Tensor]:
     return {i: torch.randn(length, generator=generator) for i, length in zip(batch.sample_ids, batch.responses.lengths, strict=True)}
 
 
-def _request(batch: Batch, rows: list[int]) -> Any:
+def request(batch: Batch, rows: list[int]) -> Any:
     from mindspeed_mm_rl.engines.base import UpdateRequest
 
     return UpdateRequest(batch, rows, float(batch.loss_mask.values.sum()), float(len(batch)))

@@ -13,7 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from mindspeed_mm_rl.config import known_keys
-from mindspeed_mm_rl.config.model_file import find_file, read_model
+from mindspeed_mm_rl.config.composition import compose, one_line
+from mindspeed_mm_rl.config.model_file import read_model
+from mindspeed_mm_rl.config.profiler import ProfilerConfig
 from mindspeed_mm_rl.config.schema import Config, EvalConfig, GenerateConfig, MegatronConfig, RLConfig
 from mindspeed_mm_rl.config.spellings import SPELLINGS
 from mindspeed_mm_rl.config.stages import has_critic
@@ -25,11 +27,11 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "rl_config": RLConfig,
     "generate_config": GenerateConfig,
     "eval": EvalConfig,
+    "profiler_config": ProfilerConfig,
 }
-_ACCEPTED_SECTIONS = ("profiler_config", "msprobe_config")
+_ACCEPTED_SECTIONS = ("msprobe_config",)
 _TOP = (*_SECTIONS, *_ACCEPTED_SECTIONS, *known_keys.REFUSED_SECTIONS, "model", "defaults")
 _HYDRA_OWN = ("hydra",)
-_SHIPPED = Path(__file__).resolve().parents[2] / "examples/rl/configs"
 
 Notes = dict[tuple[str, str], list[str]]
 """(section, reason) -> the keys that were accepted for it."""
@@ -65,58 +67,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         rl_config=rl,
         generate_config=_validate(GenerateConfig, "generate_config", sections["generate_config"]),
         eval=_validate(EvalConfig, "eval", sections["eval"]) if tree.get("eval") is not None else None,
+        profiler_config=_validate(ProfilerConfig, "profiler_config", sections["profiler_config"]),
         model=read_model(tree.get("model"), tree.get("defaults"), folder, model_name),
         architecture=architecture,
         notes=tuple(f"{section}: {', '.join(dict.fromkeys(keys))}: {reason}" for (section, reason), keys in notes.items()),
     )
 
 
-def read_runtime_env(path: str, folder: str) -> tuple[tuple[str, str], ...]:
-    """The env_vars of a runtime_env YAML, as strings, sorted by name; ValueError when it has another shape."""
-    file = find_file(path, Path(folder), "rl_config.runtime_env_path")
-    content = _parse(file)
-    variables = content.get("env_vars") or {}
-    if not isinstance(variables, dict) or any(isinstance(value, dict | list) for value in variables.values()):
-        raise ValueError(f"{file}: env_vars must be a map of names to plain values")
-    return tuple(sorted((str(name), _env_text(value)) for name, value in variables.items() if value is not None))
-
-
-def _env_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        nearest = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1) if path.parent.is_dir() else []
-        raise ValueError(f"configuration file {path} doesn't exist" + (f"; did you mean {path.parent / nearest[0]}?" if nearest else ""))
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} can't be read as YAML: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold sections such as megatron_training: and rl_config:, not a {type(content).__name__}")
-    return content
-
-
-def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file over those that its `defaults:` name (`- folder/name`), a later one over an earlier one, as in Hydra."""
-    if path.resolve() in above:
-        raise ValueError(f"{path}: defaults: {' -> '.join(file.stem for file in (*above, path))} goes in a circle; remove one of them")
-    content = _parse(path)
-    entries = content.get("defaults") or []
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: defaults must be a list, not {entries!r}")
-    names = [entry.removesuffix(".yaml") + ".yaml" for entry in entries if isinstance(entry, str) and entry != "_self_"]
-    # A copy that somebody made elsewhere still finds the shipped ones.
-    places = [next((file for file in (path.parent / name, _SHIPPED / name) if file.is_file()), path.parent / name) for name in names]
-    bases = [_with_bases(place, (*above, path.resolve())) for place in places]
-    models = [entry for part in (content, *bases[::-1]) for entry in part.get("defaults") or [] if isinstance(entry, dict)]
-    merged = OmegaConf.to_container(OmegaConf.merge(*bases, content), resolve=False)
-    return merged | {"defaults": models}
-
-
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    tree = OmegaConf.create(_with_bases(path))
+    tree = OmegaConf.create(compose(path))
     for override in overrides:
         name, equals, _ = override.partition("=")
         if not equals or not name.strip("+"):
@@ -124,7 +83,7 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             tree.merge_with_dotlist([override.lstrip("+")])
         except (yaml.YAMLError, OmegaConfBaseException, AssertionError, TypeError) as error:
-            raise ValueError(f"override '{override}' can't be applied: {_one_line(error)}") from error
+            raise ValueError(f"override '{override}' can't be applied: {one_line(error)}") from error
     try:
         content = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
@@ -225,7 +184,3 @@ def _literal_choices(annotation: Any) -> tuple[Any, ...]:
         if get_origin(part) is not None and str(get_origin(part)) == "typing.Literal":
             return get_args(part)
     return ()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

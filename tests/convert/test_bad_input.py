@@ -223,6 +223,14 @@ def other_yaml(scene: Scene) -> list[str]:
     return scene.to_mm(f"--cfg.training_yaml={yaml}", "--cfg.parallel_config.tp_size=2")
 
 
+def other_yaml_below(scene: Scene) -> list[str]:
+    """What a YAML is built upon counts."""
+    (scene.hf / "base.yaml").write_text("actor_config: {pipeline_model_parallel_size: 2, num_layer_list: '3,1'}\n")
+    yaml = scene.hf / "training.yaml"
+    yaml.write_text("defaults: [base]\nactor_config: {lr: 1.0e-6}\n")
+    return scene.to_mm(f"--cfg.training_yaml={yaml}", "--cfg.parallel_config.llm_pp_layers=[2,2]")
+
+
 def other_model_file(scene: Scene) -> list[str]:
     (scene.hf / "model.json").write_text(json.dumps({"text_decoder": {"pipeline_num_layers": [3, 1]}}))
     yaml = scene.hf / "training.yaml"
@@ -261,6 +269,7 @@ FILES = {
     wrong_direction: "config.json does not exist",
     missing_yaml: "/nowhere.yaml does not exist",
     other_yaml: "actor_config.tensor_model_parallel_size is 4, but the conversion has tp_size 2",
+    other_yaml_below: "actor_config.num_layer_list is [3, 1], but the conversion has [[2, 2]]",
     other_model_file: "text_decoder.pipeline_num_layers of its model is [3, 1], but the conversion has [[2, 2]]",
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import footprint_ranks
 from tests.layout_modes import Model
 from tests.offload_phases import EVERYTHING, run
 from tests.plans import optimizer_plan, train_plan
@@ -65,3 +66,23 @@ def test_two_processes(pool: RankPool, tmp_path: Path, name: str) -> None:
     family, role, fields, optimizer = SEVERAL[name]
     model = Model(family).make(tmp_path / "model")
     check(pool, 2, train_plan(model, max_samples_per_micro_batch=2, optimizer=optimizer_plan(**optimizer), **fields), role, tmp_path)
+
+
+ESTIMATED = {
+    "one process, pictures, frozen encoder": (1, "qwen2_5_vl", {}, {}),
+    "one process, pictures, encoder trained, bfloat16": (1, "qwen2_5_vl", {**TRAINED_VISION, "dtype": "bfloat16"}, {}),
+    "TP2+SP, bfloat16": (2, "qwen2", {"tensor_parallel_size": 2, "sequence_parallel": True, "dtype": "bfloat16"}, {}),
+    "PP2+VPP2": (2, "qwen2", {"pipeline_parallel_size": 2, "pipeline_layers": ((1, 1), (1, 1))}, {}),
+    "DP2, bfloat16, distributed optimizer": (2, "qwen2", {"dtype": "bfloat16"}, DISTRIBUTED),
+    "EP2, bfloat16, distributed optimizer": (2, "qwen3_moe", {"expert_parallel_size": 2, "dtype": "bfloat16"}, DISTRIBUTED),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_the_estimated_state_is_what_the_tensors_take(pool: RankPool, tmp_path: Path, name: str) -> None:
+    """But for padding of buffers, which is nothing in a real model."""
+    world, family, fields, optimizer = ESTIMATED[name]
+    model = Model(family).make(tmp_path / "model")
+    plan = train_plan(model, max_samples_per_micro_batch=2, optimizer=optimizer_plan(**optimizer), **fields)
+    for taken, estimated in pool.run(world, footprint_ranks.run, plan):
+        assert taken == pytest.approx(estimated, rel=0.01)

@@ -46,7 +46,11 @@ def build_optimizer(models: list[Any], plan: OptimizerPlan, dtype: torch.dtype) 
         use_distributed_optimizer=plan.use_distributed_optimizer,
         **supported_arguments(OptimizerConfig, {"overlap_param_gather": plan.overlap_param_gather}),
     )
-    return get_megatron_optimizer(settings, models)
+    optimizer = get_megatron_optimizer(settings, models)
+    for group in optimizer.param_groups:
+        # torch's Adam otherwise steps all tensors at once on a GPU, with temporaries as large as one of its moments.
+        group["foreach"] = False
+    return optimizer
 
 
 def ready_gradients(optimizer: Any) -> float:
