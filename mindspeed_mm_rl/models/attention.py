@@ -18,7 +18,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,7 +25,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from mindspeed_mm_rl.models.context_parallel import ContextShare, attend_over_ranks
 from mindspeed_mm_rl.models.norm import RMSNorm
-from mindspeed_mm_rl.models.rope import apply_rotary
 from mindspeed_mm_rl.platforms import device
 from mindspeed_mm_rl.platforms.packed_sdpa import Segments
 
@@ -104,8 +102,8 @@ class CoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [T, heads, dim], key and value [T, kv_heads, dim] -> [T, heads * dim]; heads are those of this tensor-parallel rank."""
         layout = packed_seq_params.layouts[self.layout_name]
-        query = apply_rotary(query, layout.cos, layout.sin)
-        key = apply_rotary(key, layout.cos, layout.sin)
+        query = device.rope(query, layout.cos, layout.sin)
+        key = device.rope(key, layout.cos, layout.sin)
         return attend(query, key, value, layout, self.scale).flatten(1)
 
 
@@ -137,10 +135,6 @@ def self_attention_spec(layout_name: str = "full", qk_norm: bool = False) -> Mod
             k_layernorm=head_norm,
         ),
     )
-
-
-def mlp_spec() -> ModuleSpec:
-    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
 
 
 def transformer_layer_spec(attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:

@@ -1,6 +1,6 @@
 """Mixture of experts: megatron's layer, which sends tokens to the ranks of their experts and back, around a router of this package.
 
-hidden [T, 1, hidden] --Router--> weights and choice [T, experts] --all to all--> SequentialMLP --all to all--> sum
+hidden [T, 1, hidden] --Router--> weights and choice [T, experts] --all to all--> LocalExperts --all to all--> sum
                       '--SharedExperts (every token)-----------------------------------------------------> + --> [T, 1, hidden]
 """
 
@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -23,6 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mindspeed_mm_rl.models.families import Experts
+from mindspeed_mm_rl.models.mlp import LINEARS, GatedMLP
 from mindspeed_mm_rl.platforms import device
 
 _BEST_OF_GROUP = 2
@@ -81,7 +81,17 @@ def _best(scores: torch.Tensor, experts: Experts) -> torch.Tensor:
 
 
 class LocalExperts(SequentialMLP):
-    """Megatron's, which runs the experts of this rank one after the other; saved one by one, under their numbers in the whole layer."""
+    """Megatron's parameters, run through the device's grouped product; saved one by one, under their numbers in the whole layer."""
+
+    def forward(self, tokens: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Tokens [T, hidden] of this rank's experts one behind the other, how many each has, the router's weights [T] -> [T, hidden].
+
+        A rank that has a part of every expert returns its part of the sum; megatron's dispatcher adds them up.
+        """
+        first, second = ([getattr(expert, layer).weight for expert in self.local_experts] for layer in ("linear_fc1", "linear_fc2"))
+        numbers = counts.tolist()
+        inner = device.swiglu(device.grouped_matmul(tokens, first, numbers))
+        return device.grouped_matmul((inner * weights[:, None]).to(inner.dtype), second, numbers), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         first = parallel_state.get_expert_model_parallel_rank() * self.num_local_experts
@@ -106,7 +116,7 @@ def _shards(expert: MLP, prefix: str, metadata: dict[str, Any] | None) -> dict[s
     return {name: ShardedTensor.from_rank_offsets(name, weight) for name, weight in expert.named_parameters(prefix.removesuffix("."))}
 
 
-class SharedExperts(SharedExpertMLP):
+class SharedExperts(SharedExpertMLP, GatedMLP):
     """Megatron's without a gate, which one version of it must be told by the spec and another must not."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -120,10 +130,9 @@ class ExpertLayer(MoELayer):
 
 
 def expert_layer_spec(experts: Experts) -> ModuleSpec:
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     submodules = MoESubmodules(
-        experts=ModuleSpec(module=LocalExperts, submodules=mlp),
-        shared_experts=ModuleSpec(module=SharedExperts, submodules=mlp),
+        experts=ModuleSpec(module=LocalExperts, submodules=LINEARS),
+        shared_experts=ModuleSpec(module=SharedExperts, submodules=LINEARS),
     )
     return ModuleSpec(module=ExpertLayer, params={"experts": experts}, submodules=submodules)
 

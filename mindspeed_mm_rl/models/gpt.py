@@ -17,11 +17,12 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 
-from mindspeed_mm_rl.models.attention import LayoutParams, PackedLayout, mlp_spec, self_attention_spec, transformer_layer_spec
+from mindspeed_mm_rl.models.attention import LayoutParams, PackedLayout, self_attention_spec, transformer_layer_spec
 from mindspeed_mm_rl.models.context_parallel import Algorithm, pack_multiple
 from mindspeed_mm_rl.models.experts import check_expert_split, expert_layer_spec, expert_settings
 from mindspeed_mm_rl.models.families import TextArchitecture
 from mindspeed_mm_rl.models.latent_attention import latent_attention_spec
+from mindspeed_mm_rl.models.mlp import mlp_spec
 from mindspeed_mm_rl.models.norm import RMSNorm
 from mindspeed_mm_rl.models.rank_pieces import Grid
 from mindspeed_mm_rl.platforms.compat import supported_arguments

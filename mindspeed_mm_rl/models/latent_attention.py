@@ -22,7 +22,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mindspeed_mm_rl.models.attention import LayoutParams, PackedLayout, attend
 from mindspeed_mm_rl.models.families import LatentAttention
 from mindspeed_mm_rl.models.norm import RMSNorm
-from mindspeed_mm_rl.models.rope import apply_rotary
 from mindspeed_mm_rl.platforms import device
 
 
@@ -119,7 +118,7 @@ def _by_heads(config: TransformerConfig, inputs: int, outputs: int) -> ColumnPar
 
 def _turn(pairs: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     """Rope where pairs stand side by side, as DeepSeek has them; the halves it leaves apart are so in queries and keys alike."""
-    return apply_rotary(pairs.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), layout.cos, layout.sin)
+    return device.rope(pairs.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), layout.cos, layout.sin)
 
 
 def latent_attention_spec(latent: LatentAttention) -> ModuleSpec:

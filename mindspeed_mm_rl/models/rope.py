@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -126,29 +125,3 @@ def _yarn_frequencies(periods: torch.Tensor, theta: float, scaling: YarnScaling)
 def _cos_sin(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
-
-
-class _Rotation(torch.autograd.Function):
-    """A rotation's gradient is the rotation back: nothing but cos and sin is kept, where autograd would keep four tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(heads, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(gradient, cos, -sin), None, None
-
-
-def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = cos.shape[-1] // 2
-    first, second = heads.float().split(half, dim=-1)
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
-
-
-def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates heads [T, heads, head_dim] by cos and sin [T, head_dim] (both halves equal); computes in float32."""
-    return _Rotation.apply(heads, cos, sin)

@@ -17,9 +17,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mindspeed_mm_rl.models.attention import LayoutParams, PackedLayout, mlp_spec, self_attention_spec, transformer_layer_spec
+from mindspeed_mm_rl.models.attention import LayoutParams, PackedLayout, self_attention_spec, transformer_layer_spec
 from mindspeed_mm_rl.models.families import VisionArchitecture
 from mindspeed_mm_rl.models.gpt import ModelOptions, transformer_config
+from mindspeed_mm_rl.models.mlp import mlp_spec
 from mindspeed_mm_rl.models.norm import RMSNorm
 from mindspeed_mm_rl.models.rope import vision_rotary
 from mindspeed_mm_rl.platforms import device

@@ -1,10 +1,34 @@
-"""CUDA: megatron-core as it is, flash attention over packed sequences."""
+"""CUDA: megatron-core as it is, torch's flash attention over packed sequences, fused norm and grouped product."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing import reductions
+
+from mindspeed_mm_rl.platforms import plain
+from mindspeed_mm_rl.platforms.grouped import GroupedKernel, grouped_product
 from mindspeed_mm_rl.platforms.packed_sdpa import Segments, packed_sdpa
+from mindspeed_mm_rl.platforms.plain import rope, swiglu
+from mindspeed_mm_rl.platforms.shared_memory import AllocatedMemory, IpcHandle, open_allocated
+
+__all__ = [
+    "adapt_megatron",
+    "can_share_memory",
+    "grouped_matmul",
+    "host_memory",
+    "open_shared",
+    "packed_attention",
+    "rms_norm",
+    "rope",
+    "shared_memory",
+    "swiglu",
+]
+
+_ALIGNED = 8
+"""Rows of the grouped product's matrices must be multiples of 16 bytes."""
 
 
 def adapt_megatron() -> None:
@@ -13,6 +37,23 @@ def adapt_megatron() -> None:
 
 def host_memory(num_bytes: int) -> torch.Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def can_share_memory() -> bool:
+    return True
+
+
+def shared_memory(num_bytes: int) -> AllocatedMemory:
+    return AllocatedMemory(num_bytes, torch.device("cuda", torch.cuda.current_device()), _give_back)
+
+
+def _give_back() -> None:
+    torch.cuda.ipc_collect()
+    torch.cuda.empty_cache()
+
+
+def open_shared(handle: IpcHandle) -> torch.Tensor:
+    return open_allocated(handle, reductions.rebuild_cuda_tensor)
 
 
 def packed_attention(
@@ -41,3 +82,25 @@ def packed_attention(
         window_size=(-1, 0) if causal else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """In half precision the product with the weight is rounded once, where Hugging Face rounds the norm before it too."""
+    return F.rms_norm(hidden, weight.shape, weight, eps)
+
+
+def grouped_matmul(tokens: torch.Tensor, weights: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
+    """One kernel for all groups in bfloat16; other dtypes and sizes that it doesn't take go one group after the other."""
+    taken = tokens.dtype == torch.bfloat16 and len(tokens) and not any(side % _ALIGNED for side in weights[0].shape)
+    return grouped_product(GROUPED, tokens, weights, counts) if taken else plain.grouped_matmul(tokens, weights, counts)
+
+
+def _rows(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return F.grouped_mm(rows, matrices, offs=ends)
+
+
+def _weights(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return F.grouped_mm(left.t(), right, offs=ends)
+
+
+GROUPED = GroupedKernel(rows=_rows, weights=_weights, ends=torch.int32)

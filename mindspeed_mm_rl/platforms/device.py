@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mindspeed_mm_rl.platforms import cpu, cuda, env, npu, processes
+from mindspeed_mm_rl.platforms import cpu, cuda, npu, patching, processes
 from mindspeed_mm_rl.platforms.packed_sdpa import Segments
-
-Kind = Literal["cpu", "cuda", "npu"]
+from mindspeed_mm_rl.platforms.resources import Kind
+from mindspeed_mm_rl.platforms.shared_memory import MemoryHandle, SharedMemory
 
 
 @lru_cache(maxsize=1)
@@ -44,14 +45,6 @@ def current() -> torch.device:
     return torch.device(kind(), _runtime().current_device())
 
 
-def select_local() -> torch.device:
-    """Binds the process to the device LOCAL_RANK, of those that are visible to it."""
-    if kind() != "cpu":
-        runtime = _runtime()
-        runtime.set_device(env.read_int("LOCAL_RANK", 0) % runtime.device_count())
-    return current()
-
-
 def synchronize() -> None:
     if kind() != "cpu":
         _runtime().synchronize()
@@ -60,6 +53,12 @@ def synchronize() -> None:
 def empty_cache() -> None:
     if kind() != "cpu":
         _runtime().empty_cache()
+
+
+def properties() -> tuple[str, int, int]:
+    """(name and bytes of memory of one, how many there are) of this machine's devices; not on CPU."""
+    first = _runtime().get_device_properties(0)
+    return first.name, first.total_memory, _runtime().device_count()
 
 
 def peak_memory_bytes() -> int:
@@ -80,6 +79,21 @@ def host_memory(num_bytes: int) -> torch.Tensor:
     return _platform().host_memory(num_bytes)
 
 
+def can_share_memory() -> bool:
+    """Whether another process that sees the device can open memory of this one."""
+    return _platform().can_share_memory()
+
+
+def shared_memory(num_bytes: int) -> SharedMemory:
+    """Memory of the device that another process can open by its handle."""
+    return _platform().shared_memory(num_bytes)
+
+
+def open_shared(handle: MemoryHandle) -> torch.Tensor:
+    """uint8, no copy. Raises ValueError on CPU when its maker is gone."""
+    return _platform().open_shared(handle)
+
+
 def collective_backend() -> Literal["gloo", "nccl", "hccl"]:
     return {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[kind()]
 
@@ -87,7 +101,8 @@ def collective_backend() -> Literal["gloo", "nccl", "hccl"]:
 def adapt_megatron() -> None:
     """Makes megatron-core run on this device. Call it before anything imports megatron; a second call does nothing."""
     _platform().adapt_megatron()
-    # It warns of every layer whose experts are a class of ours.
+    patching.apply("train", kind())
+    # It warns of every layer whose MLP or experts are a class of ours.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 
@@ -114,6 +129,29 @@ def _filled(heads: torch.Tensor, width: int) -> torch.Tensor:
     return F.pad(heads, (0, missing)) if missing else heads
 
 
+def grouped_matmul(tokens: torch.Tensor, weights: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
+    """Each group's rows times its own weight: tokens [T, in], of which the first counts[0] belong to weights[0] [out, in] -> [T, out].
+
+    A weight whose group is empty gets a gradient of zeros.
+    """
+    return _platform().grouped_matmul(tokens, weights, counts)
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight (arXiv:1910.07467), computed in float32; hidden [..., n], weight [n]."""
+    return _platform().rms_norm(hidden, weight, eps)
+
+
+def rope(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns heads [T, heads, dim] by float32 cos and sin [T, dim], whose halves are equal; computed in float32."""
+    return _platform().rope(heads, cos, sin)
+
+
+def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (arXiv:2002.05202); [..., 2 n], the gate first -> [..., n]."""
+    return _platform().swiglu(gate_and_up)
+
+
 def set_threads(count: int) -> None:
     """Intra-op threads of the process; 0 leaves torch's choice. A resumed run is bit-exact only with the same count."""
     if count:
@@ -121,7 +159,10 @@ def set_threads(count: int) -> None:
 
 
 def make_deterministic() -> None:
-    torch.use_deterministic_algorithms(True, warn_only=kind() != "cpu")
+    """Kernels that give the same bits every time; what has none raises RuntimeError. On an accelerator the process needs
+    `resources.deterministic_environment` from its beginning."""
+    # Not warn_only: the backward of flash attention would then warn and stay as it is.
+    torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 

@@ -1,0 +1,88 @@
+"""What each kind of device is called by Ray and wants in the environment of a process: tables, read before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mindspeed_mm_rl.platforms import env
+
+Kind = Literal["cpu", "cuda", "npu"]
+
+RAY_NAMES: dict[Kind, str] = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
+"""What a node offers to `ray start` and a bundle asks for."""
+_CPUS_OF_BUNDLE = 2
+
+
+def bundle(kind: Kind) -> dict[str, float]:
+    """One device with the cores of the processes that take turns on it."""
+    return {"CPU": _CPUS_OF_BUNDLE} | ({} if kind == "cpu" else {RAY_NAMES[kind]: 1})
+
+
+def share(kind: Kind, part: float) -> dict[str, Any]:
+    """Options of an actor that holds `part` of a device: GPUs are a resource of Ray's own, others go by name."""
+    match kind:
+        case "cpu":
+            return {}
+        case "cuda":
+            return {"num_gpus": part}
+        case "npu":
+            return {"resources": {RAY_NAMES["npu"]: part}}
+
+
+_OWN_DEVICES_ONLY = {
+    "cuda": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"},
+    "npu": {"RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": "0"},
+}
+"""With 1, which is usual where a program counts devices by itself, every worker would take the first device of its node."""
+_DEFAULTS = {
+    # Collectives and kernels queue up in the order in which megatron's overlaps issue them.
+    "cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+    "npu": {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+        # Several processes have one NPU, and by default each would listen at the same port of it. The system finds free ones; a range
+        # does as well, and one for all processes: it needs a port for each of them (CANN's manual of environment variables).
+        "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
+        "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
+    },
+}
+_DETERMINISTIC = {
+    # cuBLAS wants workspaces of a fixed size; sums within a switch come in any order, those along rings and trees in one.
+    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"},
+    "npu": {
+        "HCCL_DETERMINISTIC": "true",
+        "LCCL_DETERMINISTIC": "1",
+        # Matrix products whose cores begin at different places of the inner dimension, and those fused with communication.
+        "CLOSE_MATMUL_K_SHIFT": "1",
+        "ATB_MATMUL_SHUFFLE_K_ENABLE": "0",
+        "ATB_LLM_LCOC_ENABLE": "0",
+    },
+}
+
+
+def worker_environment(kind: Kind, deterministic: bool, given: Mapping[str, str]) -> dict[str, str]:
+    """Variables of every worker process, to be there before it begins: those `given` by the user, and what the device wants where
+    neither they nor the environment of this process say otherwise.
+
+    Example: worker_environment("cuda", False, {"A": "1"}) has A and CUDA_DEVICE_MAX_CONNECTIONS.
+    """
+    wanted = _DEFAULTS.get(kind, {}) | deterministic_environment(kind, deterministic)
+    return {name: value for name, value in wanted.items() if not env.read(name)} | dict(given) | _OWN_DEVICES_ONLY.get(kind, {})
+
+
+def deterministic_environment(kind: Kind, deterministic: bool = True) -> dict[str, str]:
+    """What libraries read when they are loaded; `device.make_deterministic` does the rest."""
+    return dict(_DETERMINISTIC.get(kind, {})) if deterministic else {}
+
+
+def offered(kind: Kind, count: int) -> list[str]:
+    """Options of `ray start` for a node that lends this many devices."""
+    match kind:
+        case "cpu":
+            return ["--num-cpus", str(count * _CPUS_OF_BUNDLE + 1)]
+        case "cuda":
+            return ["--num-gpus", str(count)]
+        case "npu":
+            return ["--resources", json.dumps({RAY_NAMES[kind]: count})]
