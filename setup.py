@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -14,7 +14,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["mindspeed_mm_rl", "mindspeed_mm_rl.*", "checkpoint", "checkpoint.*"]),
+    packages=[
+        *find_packages(include=["mindspeed_mm_rl", "mindspeed_mm_rl.*", "checkpoint", "checkpoint.*"]),
+        # Files that are loaded by their place, beside the package.
+        *find_namespace_packages(include=["patches", "patches.*"]),
+    ],
     entry_points={
         "console_scripts": [
             "mm-rl = mindspeed_mm_rl.cli.main:main",

@@ -131,7 +131,7 @@ def trl_seconds(trl: str, model: str, pairs: list[Pair], batch: int, steps: int,
             disable_tqdm=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+        policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(model).float() for _ in range(2))
         text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
         trainer = DPOTrainer(model=policy, ref_model=reference, args=config, processing_class=tokenizer, train_dataset=text)
         trainer.train_dataset = Dataset.from_list(pairs)

@@ -119,7 +119,7 @@ def make_plan(kind: str, hf_path: Path, folder: Path, iterations: int, threads: 
 def transformers_update_seconds(hf_path: Path, tokens: int, repeats: int, threads: int) -> float:
     """Median seconds of forward, backward and AdamW over PROMPTS * SAMPLES text sequences; logits at every position."""
     torch.set_num_threads(threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_path).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(10, 500, (PROMPTS * SAMPLES, tokens))
     seconds = []

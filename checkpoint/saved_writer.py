@@ -43,7 +43,7 @@ def write_saved(folder: Path, tensors: list[Pending], version: float) -> None:
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         try:
             distributed_checkpoint.save(
-                {**empty, "checkpoint_version": version}, storage_writer=FileSystemWriter(folder), planner=_LazyPlanner(named), no_dist=True
+                {**empty, "checkpoint_version": version}, storage_writer=FileSystemWriter(folder), planner=_LazyPlanner(named)
             )
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]

@@ -81,7 +81,7 @@ def make_training_save(folder: Path, weights: dict[str, torch.Tensor], iteration
     model = {f"model.{name}": tensor for name, tensor in stacked(weights).items()}
     optimizer = {f"optimizer.state.exp_avg.{name}": torch.zeros_like(tensor) for name, tensor in model.items()}
     actor.mkdir(parents=True)
-    distributed_checkpoint.save({**model, **optimizer, "rng": {"seed": 7}}, checkpoint_id=actor, no_dist=True)
+    distributed_checkpoint.save({**model, **optimizer, "rng": {"seed": 7}}, checkpoint_id=actor)
     (iteration_folder / "state.json").write_text(json.dumps({"iteration": iteration}))
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return folder

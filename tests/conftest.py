@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
+# Before any test imports transformers: it makes torchvision importable beside a CPU build of torch.
+import mindspeed_mm_rl  # noqa: F401
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", default="data", help="folder with real data sets and tokenizers; tests that need them are skipped without")
+    parser.addoption("--sources", default="sources", help="folder with packages for an NPU, read and never imported; skipped without")
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +59,10 @@ def one_rank() -> Iterator[None]:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
     yield
+
+
+@pytest.fixture(scope="module")
+def recipe_builder() -> Iterator[ProcessPoolExecutor]:
+    """A process whose world may be as large as a recipe's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool

@@ -163,7 +163,7 @@ def _result(plan: Plan, batches: list[Batch]) -> Result:
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     stored = distributed_checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in stored.items() if isinstance(m, TensorStorageMetadata)}
-    distributed_checkpoint.load(tensors, checkpoint_id=folder, no_dist=True)
+    distributed_checkpoint.load(tensors, checkpoint_id=folder)
     return tensors
 
 

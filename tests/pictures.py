@@ -13,6 +13,7 @@ from mindspeed_mm_rl.engines.base import UpdateRequest
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.names import canonical_hf_name
 from mindspeed_mm_rl.types import Batch, ImageInput, Ragged
+from tests.hf_versions import features_of, picture_tokens
 from tests.plans import MAX_PIXELS, MIN_PIXELS
 
 
@@ -27,19 +28,21 @@ def features_by_hugging_face(model: Path, images: dict[str, ImageInput]) -> dict
     """Each picture alone through transformers' own vision encoder."""
     import transformers
 
-    hf = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    hf = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(model).float().eval()
     settings, features = read_image_settings(model, MIN_PIXELS, MAX_PIXELS), {}
     for key, image in images.items():
         pixels, grids = pixel_values([image], settings)
         with torch.no_grad():
-            features[key] = hf.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
+            features[key] = features_of(hf.model.visual(pixels, grid_thw=torch.tensor(grids)))
     return features
 
 
 def batch_of(model: Path, images: dict[str, ImageInput]) -> Batch:
     """Six on-policy samples of three prompts: two pictures, one picture, none. images: three."""
-    token, keys = read_architecture(model).image_token_id, list(images)
-    plain, keys_of = [[13, token, 20, token, 21], [30, token, 31, 32], [40, 41, 42]], [(keys[0], keys[2]), (keys[1],), ()]
+    config, keys = read_architecture(model).raw, list(images)
+    start, token = config["vision_start_token_id"], config["image_token_id"]
+    plain = [[13, start, token, 20, start, token, 21], [30, start, token, 31, 32], [40, 41, 42]]
+    keys_of = [(keys[0], keys[2]), (keys[1],), ()]
     prompts = [expand_image_tokens(ids, [images[k].grid_thw for k in chosen], token, 2) for ids, chosen in zip(plain, keys_of, strict=True)]
     generator, lengths = torch.Generator().manual_seed(3), (3, 11, 5, 4, 7, 9)
     responses = [torch.randint(10, 200, (length,), generator=generator) for length in lengths]
@@ -66,12 +69,12 @@ def gradients_by_hugging_face(model: Path, batch: Batch, images: dict[str, Image
     """By classic Hugging Face name, of the token-level policy gradient -sum(advantage * logprob) / tokens at temperature 0.7."""
     import transformers
 
-    hf = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    hf = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(model).float().eval()
     architecture, settings = read_architecture(model), read_image_settings(model, MIN_PIXELS, MAX_PIXELS)
     for row, keys in enumerate(batch.image_keys):
         prompt, response = batch.prompts.rows()[row], batch.responses.rows()[row]
         ids = torch.cat([prompt, response])[None]
-        inputs = {"mm_token_type_ids": (ids == architecture.image_token_id).int()}
+        inputs = picture_tokens(ids, architecture.image_token_id)
         if keys:
             pixels, grids = pixel_values([images[key] for key in keys], settings)
             inputs |= {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}

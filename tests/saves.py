@@ -51,4 +51,4 @@ def _held(weights: Mapping[str, torch.Tensor], with_vision: bool) -> dict[str, t
 
 
 def write_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    distributed_checkpoint.save({f"model.{name}": tensor for name, tensor in weights.items()}, checkpoint_id=folder, no_dist=True)
+    distributed_checkpoint.save({f"model.{name}": tensor for name, tensor in weights.items()}, checkpoint_id=folder)

@@ -26,6 +26,7 @@ _VISION = {"depth": 2, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2,
 CONFIGS: dict[str, dict[str, Any]] = {
     "text": {"model_type": "qwen2", **_TEXT},
     "tied text": {"model_type": "qwen2", **_TEXT, "tie_word_embeddings": True},
+    "wide text": {"model_type": "qwen2", **_TEXT, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 1024},
     "pictures": {"model_type": "qwen2_5_vl", **_TEXT, "vision_config": _VISION},
     "experts": {"model_type": "qwen3_moe", **_TEXT, "head_dim": 4, "num_experts": 4, "moe_intermediate_size": 4, "mlp_only_layers": [1]},
 }
@@ -81,6 +82,9 @@ SPREADS = {
     "TP2xEP2xETP2": Spread("experts", 4, Grid(((4,),), tensor=2, expert=2, expert_tensor=2)),
     "PP2xEP2, experts cut": Spread("experts", 8, Grid(((1, 3),), tensor=2, expert=2, expert_tensor=2)),
 }
+
+WIDE = Spread("wide text", 2, Grid(((4,),), tensor=2))
+"""70 MB."""
 
 
 def node_choices(world: int) -> list[Sequence[str]]:

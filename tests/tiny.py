@@ -150,16 +150,18 @@ def _save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTraine
 def make_tiny_text(
     folder: Path | str, seed: int = 0, family: str = "qwen2", rope: dict | None = None, more: dict | None = None, **sizes
 ) -> Path:
-    """A random text model in `folder`; family: a key of _TEXT_MODELS; rope: rope_parameters to add; more: other keys of config.json;
+    """A random text model in `folder`; family: a key of _TEXT_MODELS; rope: keys of rope_scaling, and rope_theta; more: other keys of config.json;
     `sizes` are fields of TinySizes."""
     chosen = TinySizes(**sizes)
     tokenizer = _tokenizer(min(chosen.vocab, 2048))
     config_class, model_class = _TEXT_MODELS[family]
     config = _text_config(chosen, tokenizer) | ({"head_dim": chosen.head_dim} if chosen.head_dim else {})
     config |= _OF_FAMILY.get(family, {}) | (more or {})
-    rope_parameters = {"rope_type": "default", "rope_theta": 10000.0} | (rope or {})
+    # Flat, as transformers 4 has it and 5 reads it.
+    scaling = dict(rope or {})
+    config["rope_theta"] = scaling.pop("rope_theta", 10000.0)
     torch.manual_seed(seed)
-    _save(model_class(config_class(**config, rope_parameters=rope_parameters)), tokenizer, Path(folder))
+    _save(model_class(config_class(**config, rope_scaling=scaling or None)), tokenizer, Path(folder))
     return Path(folder)
 
 
@@ -168,7 +170,7 @@ def make_tiny_classifier(folder: Path, text_model: Path, seed: int = 3) -> Path:
     tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
     config = transformers.AutoConfig.from_pretrained(text_model, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).float()
     torch.nn.init.normal_(model.score.weight, std=0.5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -185,7 +187,8 @@ def make_tiny_vl(folder: Path | str, seed: int = 0, tokenizer: transformers.PreT
     config = transformers.Qwen2_5_VLConfig(
         text_config=dict(
             _text_config(chosen, tokenizer),
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+            rope_theta=10000.0,
+            rope_scaling={"rope_type": "default", "mrope_section": sections},
         ),
         vision_config={
             "depth": chosen.vision_layers,

@@ -35,7 +35,7 @@ Differentiated = tuple[float, Tensors]
 
 
 def model_of(folder: str) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).float()
 
 
 def settings(output: str, **more: Any) -> dict[str, Any]:

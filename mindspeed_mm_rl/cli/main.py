@@ -16,6 +16,7 @@ from mindspeed_mm_rl.platforms import signals
 _USER_ERROR = 2
 _CONFIG = Annotated[Path, typer.Option(help="YAML with the sections megatron_training, actor_config, rl_config, generate_config, eval.")]
 _OVERRIDES = Annotated[list[str] | None, typer.Argument(help="section.key=value, any number of them.", metavar="[a.b=c]...")]
+_JSON = Annotated[bool, typer.Option("--json", help="For scripts.")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -67,11 +68,47 @@ def preprocess(
         run(config, overrides or [])
 
 
+@app.command(name="env")
+def environment(as_json: _JSON = False) -> None:
+    """Versions and devices, the combinations that are supported, what is wrong and how to mend it. Exit code 2 when something is."""
+    from mindspeed_mm_rl.cli.environment import show_environment
+
+    if not show_environment(as_json):
+        raise typer.Exit(_USER_ERROR)
+
+
+@app.command()
+def patches(as_json: _JSON = False) -> None:
+    """The fixes to versions of other packages in patches/, and which of them apply here."""
+    with _told(debug=False):
+        from mindspeed_mm_rl.cli.patches import show_patches
+
+        show_patches(as_json)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def node(
+    command: Annotated[list[str], typer.Argument(help="What the head runs, with RAY_ADDRESS set, when all machines are there.")],
+    debug: _DEBUG = False,
+) -> None:
+    """Do this machine's part in a run on NNODES machines, as the launch scripts do. Exit code: that of the run, on every machine."""
+    with _told(debug):
+        from mindspeed_mm_rl.cli.node import run_node
+
+        exit_code = run_node(command)
+    raise typer.Exit(exit_code)
+
+
 @contextmanager
 def _told(debug: bool) -> Iterator[None]:
     """An error becomes a line on stderr and an exit code."""
     try:
         yield
+    except ImportError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}; `mm-rl env` says what is wrong with this installation", file=sys.stderr)
+        raise typer.Exit(_USER_ERROR) from error
     except (ValueError, RuntimeError, OSError, signals.StoppedBySignal) as error:
         if debug:
             raise

@@ -18,7 +18,7 @@ _LOWEST_TEMPERATURE = 0.01
 REWARD_MODEL = "reward_model"
 """The verifier that stands for rl_config.reward_model."""
 _KV_BLOCK_TOKENS = 128
-"""On CPU."""
+"""On CPU, at most."""
 
 
 def check(config: Config) -> None:
@@ -198,11 +198,18 @@ def _clip(config: Config) -> None:
 
 
 def _parallel(config: Config) -> None:
-    devices = config.rl_config.actor_resource.num_npus
-    if devices % config.generate_config.infer_tensor_parallel_size:
+    devices, generate = config.rl_config.actor_resource.num_npus, config.generate_config
+    tensor, groups = generate.infer_tensor_parallel_size, generate.infer_expert_parallel_size
+    if groups > 1 and not generate.enable_expert_parallel:
         raise ValueError(
-            f"rl_config.actor_resource.num_npus ({devices}) must be a multiple of generate_config.infer_tensor_parallel_size "
-            f"({config.generate_config.infer_tensor_parallel_size}); change one of them"
+            f"generate_config.infer_expert_parallel_size ({groups}) needs generate_config.enable_expert_parallel (true), which is false; "
+            "set it to true, or infer_expert_parallel_size to 1"
+        )
+    if devices % (tensor * groups):
+        raise ValueError(
+            f"rl_config.actor_resource.num_npus ({devices}) must be a multiple of generate_config.infer_tensor_parallel_size ({tensor})"
+            + (f" x generate_config.infer_expert_parallel_size ({groups}) = {tensor * groups}" if groups > 1 else "")
+            + "; change one of them"
         )
 
 
@@ -268,14 +275,21 @@ def check_model(plan: RolloutPlan, hf: Mapping[str, Any], on_cpu: bool) -> None:
             f"generate_config.max_model_len ({plan.max_model_len}; unless given, rl_config.max_prompt_length + max_tokens) must be <= "
             f"max_position_embeddings ({positions}) of {plan.hf_path}/config.json; lower it"
         )
-    if not on_cpu or not {"num_hidden_layers", "head_dim"} <= text.keys():
+    if not on_cpu or "num_hidden_layers" not in text or not {"head_dim", "qk_rope_head_dim"} & text.keys():
         return
-    heads = text.get("num_key_value_heads") or text["num_attention_heads"]
-    per_token = 2 * text["num_hidden_layers"] * heads * text["head_dim"] * {"float32": 4, "bfloat16": 2}[plan.dtype]
-    per_token //= min(heads, plan.tensor_parallel_size)
-    needed = -(-plan.max_model_len // _KV_BLOCK_TOKENS) * _KV_BLOCK_TOKENS * per_token
+    per_token = text["num_hidden_layers"] * _cached_numbers(plan, text) * {"float32": 4, "bfloat16": 2}[plan.dtype]
+    # The engine keeps one block empty.
+    needed = (-(-plan.max_model_len // _KV_BLOCK_TOKENS) + 1) * _KV_BLOCK_TOKENS * per_token
     if plan.kv_cache_bytes < needed:
         raise ValueError(
             f"generate_config.kv_cache_bytes ({plan.kv_cache_bytes}) must be >= {needed}, the keys and values of one sequence of "
             f"{plan.max_model_len} tokens (max_model_len); raise it"
         )
+
+
+def _cached_numbers(plan: RolloutPlan, text: Mapping[str, Any]) -> int:
+    """That a process keeps of a token in each layer. Latent attention keeps the small vector that all heads are made of."""
+    if text.get("kv_lora_rank"):
+        return text["kv_lora_rank"] + text["qk_rope_head_dim"]
+    heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+    return 2 * heads * text["head_dim"] // min(heads, plan.tensor_parallel_size)

@@ -9,8 +9,7 @@ from pathlib import Path
 from mindspeed_mm_rl.config.check import REWARD_MODEL, check, check_model, kl_coef, train_prompts
 from mindspeed_mm_rl.config.layout import expert_sizes, pipeline_layers
 from mindspeed_mm_rl.config.layout_rules import check_layout
-from mindspeed_mm_rl.config.load import read_runtime_env
-from mindspeed_mm_rl.config.memory import check_recompute, memory_notes, offload_parts, recompute_fields
+from mindspeed_mm_rl.config.memory import check_recompute, memory_notes, offload_parts, recompute_fields, weight_carrier
 from mindspeed_mm_rl.config.model_file import ModelChoices, compare_architecture, find_file, is_vision_model, model_choices, read_hf_config
 from mindspeed_mm_rl.config.plan import (
     DataPlan,
@@ -25,10 +24,12 @@ from mindspeed_mm_rl.config.plan import (
     TrainPlan,
 )
 from mindspeed_mm_rl.config.preference import check_pair_length, preference_notes, with_pairs
+from mindspeed_mm_rl.config.profiler import trace_settings
+from mindspeed_mm_rl.config.runtime_env import RuntimeEnv, read_runtime_env
 from mindspeed_mm_rl.config.schema import Config
 from mindspeed_mm_rl.config.stages import STAGES, has_critic, on_pairs, with_stage_defaults
 from mindspeed_mm_rl.config.vision import check_vision, vision_notes, vision_plan
-from mindspeed_mm_rl.platforms import device
+from mindspeed_mm_rl.platforms import device, resources
 
 _PROMPT_KEY, _IMAGE_KEY = "prompt", "images"
 _ADAM_EPS = 1e-8
@@ -62,7 +63,6 @@ def make_plan(config: Config) -> Plan:
     if hf is not None:
         compare_architecture(config.model, config.architecture, hf, hf_path)
     choices, vision = model_choices(config.model, hf), is_vision_model(hf, config.model)
-    env = config.rl_config.runtime_env_path
     rollout = _rollout(config, hf_path, vision and choices.freeze_vision and choices.freeze_projector)
     pairs = on_pairs(config.actor_config.stage)
     if hf is not None and pairs:
@@ -77,21 +77,32 @@ def make_plan(config: Config) -> Plan:
             check_layout(section, role, config.rl_config.actor_resource.num_npus, hf)
             check_recompute(section, role, hf)
     workers = vision_plan(config, train, _absolute(config.vit_config.load))
+    given = _given_environment(config)
+    environment = resources.worker_environment(device.kind(), train.deterministic, given.variables)
     plan = Plan(
         run=_run(config),
         train=replace(train, with_vision=workers is None),
-        rollout=rollout,
+        rollout=replace(rollout, weight_carrier=weight_carrier(config.generate_config, device.kind(), environment)),
         data=_data(config, hf_path),
         reward=_reward(config, vision),
         recipe=_recipe(config),
-        runtime_env=read_runtime_env(env, config.folder) if env else (),
-        notes=(*config.notes, *_notes(config, vision), *vision_notes(config), *preference_notes(config), *memory_notes(config, choices)),
+        runtime_env=tuple(sorted(environment.items())),
+        notes=(*config.notes, *given.notes, *_notes(config, vision), *vision_notes(config), *_other_notes(config, choices)),
         eval=_eval(config, vision),
         # One that is trained is each network's own: the workers train the actor's.
         critic=critic and replace(critic, with_vision=workers is None or not rollout.image_embeds),
         vision=workers,
     )
     return with_pairs(plan, config, _absolute(config.actor_config.ref_model)) if pairs else plan
+
+
+def _other_notes(config: Config, choices: ModelChoices) -> list[str]:
+    return [*preference_notes(config), *memory_notes(config, choices)]
+
+
+def _given_environment(config: Config) -> RuntimeEnv:
+    path = config.rl_config.runtime_env_path
+    return read_runtime_env(path, config.folder, device.kind()) if path else RuntimeEnv({})
 
 
 def _absolute(path: str | None) -> str:
@@ -137,7 +148,7 @@ def _run(config: Config) -> RunPlan:
         save_interval=config.actor_config.save_interval or megatron.train_iters or 0,
         keep_last=config.actor_config.keep_last,
         resume=rl.resume if rl.resume in ("auto", "off") else _absolute(rl.resume),
-        output=_absolute(rl.output or f"logs/{config.name}"),
+        output=_output(config),
         num_devices=rl.actor_resource.num_npus,
         device=device.kind(),
         timeout_seconds=rl.timeout_seconds,
@@ -147,6 +158,10 @@ def _run(config: Config) -> RunPlan:
         no_shared_storage=megatron.no_shared_storage,
         critic_warmup=rl.critic_warmup,
     )
+
+
+def _output(config: Config) -> str:
+    return _absolute(config.rl_config.output or f"logs/{config.name}")
 
 
 def _train(config: Config, hf_path: str, choices: ModelChoices, section: str = "actor_config") -> TrainPlan:
@@ -186,6 +201,7 @@ def _train(config: Config, hf_path: str, choices: ModelChoices, section: str = "
         pipeline_layers=pipeline_layers(section, actor, choices.pipeline_num_layers, choices.num_layers),
         context_parallel_algorithm="ulysses" if actor.context_parallel_algo in _ULYSSES else "all_gather",
         expert_tensor_parallel_size=expert_tensor,
+        trace=trace_settings(config.profiler_config, _output(config), rl.actor_resource.num_npus),
     )
 
 
@@ -197,7 +213,7 @@ def _critic(config: Config, hf_path: str, choices: ModelChoices) -> TrainPlan:
     if config.critic_config.pipeline_model_parallel_size != actor.pipeline_model_parallel_size:
         choices = replace(choices, pipeline_num_layers=None)  # The model file's split is the actor's.
     train = _train(own, hf_path, choices, "critic_config")
-    return replace(train, reference_load=train.load, optimizer=_optimizer(own, actor.train_iters), logprob_gap_bound=0.0)
+    return replace(train, reference_load=train.load, optimizer=_optimizer(own, actor.train_iters), logprob_gap_bound=0.0, trace=None)
 
 
 def _optimizer(config: Config, iterations: int) -> OptimizerPlan:
@@ -244,6 +260,8 @@ def _rollout(config: Config, hf_path: str, image_embeds: bool) -> RolloutPlan:
         trust_remote_code=generate.trust_remote_code,
         threads=_threads(config),
         timeout_seconds=config.rl_config.timeout_seconds,
+        expert_parallel=generate.enable_expert_parallel,
+        data_parallel_size=generate.infer_expert_parallel_size,
     )
 
 

@@ -66,7 +66,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "swanlab_project swanlab_exp_name swanlab_save_dir",
     },
     "generate_config": {
-        "the rollout engine's own choice": "num_scheduler_steps torchair_graph enable_expert_parallel ascend_scheduler_config_enabled "
+        "the rollout engine's own choice": "num_scheduler_steps torchair_graph ascend_scheduler_config_enabled "
         "eplb_token_collects eplb_token_save_path expert_map_path data_parallel_size",
         "megatron_training.tokenizer_name_or_path is used": "tokenizer_name_or_path",
     },
@@ -75,9 +75,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "rl_config.n_samples_per_prompt is used": "num_completions best_of n",
     },
     "profiler_config.integrated": {
-        "profile isn't offered in this version": "mstx stage profile_save_path profile_export_type profile_level profile_ranks "
-        "profile_with_memory profile_with_cpu profile_with_npu profile_with_module profile_record_shapes profile_step_start "
-        "profile_step_end profile_analysis",
+        "traces are written whole, in the format of ui.perfetto.dev": "mstx profile_export_type profile_level profile_analysis",
     },
     "msprobe_config": {
         "msprobe isn't offered in this version": "dump_path key_data_dump configurations_dump actor_train_dump "
@@ -135,7 +133,6 @@ NOT_OFFERED: dict[str, dict[str, NotOffered]] = {
     "generate_config": {
         "limit_mm_video_per_prompt": NotOffered((0,), "set it to 0: pictures only"),
         "infer_pipeline_parallel_size": NotOffered((1,), "set it to 1"),
-        "infer_expert_parallel_size": NotOffered((1,), "set it to 1"),
     },
     "generate_config.sampling_config": {
         key: NotOffered(neutral, f"set it to {neutral[0]}: the loss needs the distribution that was sampled from, whole")
@@ -148,7 +145,6 @@ NOT_OFFERED: dict[str, dict[str, NotOffered]] = {
             "frequency_penalty": (0,),
         }.items()
     },
-    "profiler_config.integrated": {"profile": NotOffered(_OFF, "set it to false: timings are in metrics.jsonl")},
     "msprobe_config": {"msprobe": NotOffered(_OFF, "set it to false")},
 }
 

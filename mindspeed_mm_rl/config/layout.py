@@ -24,8 +24,7 @@ def pipeline_layers(section: str, keys: MegatronConfig, model_file_split: Any, l
         key, split = f"{section}.num_layer_list", (keys.num_layer_list,)
     else:
         key, split = MODEL_FILE_SPLIT, _by_virtual_stage(model_file_split)
-    # A model file with all layers in one stage leaves the split to the sizes.
-    if not split or (key == MODEL_FILE_SPLIT and [len(row) for row in split] == [1]):
+    if not split:
         return _even(section, stages, virtual or 1, layers)
     _check_split(section, key, split, stages, virtual, layers)
     return () if stages == 1 else split

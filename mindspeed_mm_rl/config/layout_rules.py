@@ -145,7 +145,8 @@ def check_rollout_layout(plan: RolloutPlan, hf: Mapping[str, Any]) -> None:
     """The rollout engine pads the vocabulary, and repeats key/value heads of which it has too few."""
     size, text = plan.tensor_parallel_size, text_config(hf)
     bounds = {name: number for name, number in _tensor_bounds(text).items() if name not in ("vocab_size", "num_key_value_heads")}
-    if num_experts(text):
+    _check_rollout_experts(plan, num_experts(text))
+    if num_experts(text) and not plan.expert_parallel:
         bounds["moe_intermediate_size"] = text["moe_intermediate_size"]
     if "vision_config" in hf and not plan.image_embeds:
         bounds |= {f"vision_config's {name}": hf["vision_config"][name] for name in ("num_heads", "intermediate_size")}
@@ -158,4 +159,19 @@ def check_rollout_layout(plan: RolloutPlan, hf: Mapping[str, Any]) -> None:
         raise ValueError(
             f"generate_config.infer_tensor_parallel_size ({size}) must divide {' and '.join(broken)} of {plan.hf_path}/config.json; "
             f"{listed(would_do)} would do"
+        )
+
+
+def _check_rollout_experts(plan: RolloutPlan, experts: int) -> None:
+    """experts: of the model; 0 = a dense one."""
+    if plan.expert_parallel and not experts:
+        raise ValueError(
+            f"generate_config.enable_expert_parallel (true) needs a mixture of experts, which {plan.hf_path}/config.json isn't; set it to "
+            "false"
+        )
+    if plan.expert_parallel and experts % plan.num_ranks:
+        raise ValueError(
+            f"generate_config.infer_tensor_parallel_size ({plan.tensor_parallel_size}) x generate_config.infer_expert_parallel_size "
+            f"({plan.data_parallel_size}) = {plan.num_ranks} must divide the {experts} experts of {plan.hf_path}/config.json while "
+            f"generate_config.enable_expert_parallel is true; a product of {listed(divisors(experts))} would do"
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from mindspeed_mm_rl.config.layout import divisors, listed
 from mindspeed_mm_rl.config.model_file import ModelChoices, text_config
 from mindspeed_mm_rl.config.plan import OffloadPart, TrainPlan
 from mindspeed_mm_rl.config.schema import Config, GenerateConfig, MegatronConfig
-from mindspeed_mm_rl.platforms import device
+from mindspeed_mm_rl.platforms import device, env
 
 _OFFLOAD_KEYS: dict[OffloadPart, str] = {
     "param": "offload_train_param",
@@ -21,6 +21,18 @@ _OFFLOAD_KEYS: dict[OffloadPart, str] = {
 def offload_parts(generate: GenerateConfig, kind: device.Kind) -> tuple[OffloadPart, ...]:
     """The reference always leaves; on CPU, whose memory is one, nothing does."""
     return () if kind == "cpu" else ("reference", *(part for part, key in _OFFLOAD_KEYS.items() if getattr(generate, key)))
+
+
+def weight_carrier(generate: GenerateConfig, kind: device.Kind, variables: Mapping[str, str]) -> Literal["host", "device"]:
+    """Through the device where trained weights stay there, so that there is room for them beside the rollout engine's, and where processes
+    can open each other's memory of it. variables: of every worker. Raises ValueError where what is asked for is impossible."""
+    can_share = kind == "cpu" or device.can_share_memory()
+    if generate.weight_carrier == "device" and not can_share:
+        raise ValueError("generate_config.weight_carrier device needs ipc handles, which torch_npu has since 2.7; set it to host or auto")
+    if generate.weight_carrier != "auto":
+        return generate.weight_carrier
+    has_room = kind != "cpu" and not generate.offload_train_param
+    return "device" if has_room and can_share and not env.has_expandable_segments(variables) else "host"
 
 
 def recompute_fields(keys: MegatronConfig, choices: ModelChoices) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class ModelChoices:
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
     pipeline_num_layers: list[Any] | None = None
-    """Of the text decoder: its layers by pipeline rank, or a list of such lists by virtual stage."""
+    """Of the text decoder: its layers by pipeline rank, or a list of such lists by virtual stage; None leaves them to the sizes."""
     num_layers: int | None = None
     """Of the text decoder; config.json's where there is one."""
 
@@ -190,8 +190,9 @@ def _text_decoder(model: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _split(decoder: Mapping[str, Any]) -> list[Any] | None:
+    """None also where all layers are in one stage, as files have it that were written for one pipeline rank."""
     split = decoder.get(_SPLIT)
-    return [split] if isinstance(split, int) else split
+    return None if isinstance(split, int | list) and len(_flat(split)) <= 1 else split
 
 
 def _frozen(part: Mapping[str, Any]) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mindspeed_mm_rl.platforms.profiling import TraceSettings
+
 Dtype = Literal["float32", "bfloat16"]
 OffloadPart = Literal["param", "grad", "optimizer", "reference"]
 
@@ -90,8 +92,12 @@ class TrainPlan:
     """Of uniform: layers of which only the first one's input is kept."""
     offload: tuple[OffloadPart, ...] = ()
     """What leaves the device while nobody needs it; on CPU, whose memory is one, it is only moved about."""
+    reference_key: str = "rl_config.integrated_mode_config.ref_model_load_path"
+    """Where a user names the reference."""
     bans_markers: bool = True
     """The rollout engine never samples image and video markers, so they have no probability; False where responses are given."""
+    trace: TraceSettings | None = None
+    """Of the actor's processes."""
 
     def replicas(self, world_size: int) -> int:
         """Copies of the network among so many ranks; each sees samples of its own."""
@@ -128,6 +134,18 @@ class RolloutPlan:
     trust_remote_code: bool
     threads: int
     timeout_seconds: float
+    expert_parallel: bool = False
+    """True: whole experts are dealt out over the processes of an engine; False: each process has a part of every expert."""
+    weight_carrier: Literal["host", "device"] = "host"
+    """How the trainer's weights come: by a file in the host's memory, or through memory of the device, where each process shares one with a
+    trainer."""
+    data_parallel_size: int = 1
+    """Tensor-parallel groups of one engine, which share the experts; each has prompts of its own."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of one engine."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
 
 @dataclass(frozen=True)
@@ -303,8 +321,7 @@ class Plan:
 
     @property
     def reference_key(self) -> str:
-        """Where a user names the reference."""
-        return "megatron_training.ref_model" if self.preference else "rl_config.integrated_mode_config.ref_model_load_path"
+        return self.train.reference_key
 
     @property
     def needs_reference(self) -> bool:

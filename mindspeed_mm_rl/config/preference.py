@@ -95,6 +95,7 @@ def with_pairs(plan: Plan, config: Config, reference: str) -> Plan:
     train = replace(
         plan.train,
         reference_load=reference or plan.train.reference_load,
+        reference_key=plan.train.reference_key if rl.integrated_mode_config.ref_model_load_path else "megatron_training.ref_model",
         rows_together=_ROWS_OF_A_PAIR,
         max_samples_per_micro_batch=plan.train.max_samples_per_micro_batch * _ROWS_OF_A_PAIR,
         # The responses are given: their probability is the model's own, as it stands.

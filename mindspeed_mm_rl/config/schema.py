@@ -7,16 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-Positive = Field(gt=0)
-NonNegative = Field(ge=0)
-
-
-class Section(BaseModel):
-    """Frozen, refuses unknown keys; the string under a field is its description."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+from mindspeed_mm_rl.config.profiler import ProfilerConfig
+from mindspeed_mm_rl.config.section import Section
 
 
 class MegatronConfig(Section):
@@ -256,8 +250,7 @@ class RLConfig(Section):
     overlong_buffer_penalty_factor: float = Field(1.0, ge=0)
     """Penalty at the limit."""
     verifier_function: tuple[str, ...] | None = None
-    """Names of the rewards' registry, path/to/file.py:name for a function of one's own, reward_model; null = geo3k for pictures (0.9
-    accuracy + 0.1 format), base_acc for text."""
+    """Names of rewards, path/to/file.py:name, reward_model; null = geo3k for pictures (0.9 accuracy + 0.1 format), base_acc for text."""
     verifier_weight: tuple[float, ...] | None = None
     """One weight per verifier; null = 1.0 each."""
     verifier_by_source: dict[str, dict[str, float]] = {}
@@ -316,6 +309,10 @@ class GenerateConfig(Section):
     """How responses are sampled."""
     infer_tensor_parallel_size: int = Field(1, gt=0)
     """Processes that share each layer of the rollout engine."""
+    enable_expert_parallel: bool = False
+    """true: whole experts are dealt out over the processes of a rollout engine; false: each of them has a part of every expert."""
+    infer_expert_parallel_size: int = Field(1, gt=0)
+    """Tensor-parallel groups, with prompts of their own, that make up an engine and share its experts over all their processes."""
     limit_mm_image_per_prompt: int = Field(1, ge=0)
     """Pictures a prompt may hold."""
     trust_remote_code: bool = False
@@ -334,6 +331,8 @@ class GenerateConfig(Section):
     """true: the memory of gradients is given back between updates."""
     offload_train_optimizer: bool = False
     """true: optimizer state leaves the device between updates."""
+    weight_carrier: Literal["auto", "host", "device"] = "auto"
+    """How weights reach the rollout engine: through the host's memory or the device's; auto: the device's where there is room for both."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     """Share of device memory (not on CPU)."""
     kv_cache_bytes: int = Field(256 * 2**20, gt=0)
@@ -385,6 +384,7 @@ class Config(Section):
     generate_config: GenerateConfig
     eval: EvalConfig | None = None
     """None: no evaluation."""
+    profiler_config: ProfilerConfig = ProfilerConfig()
     model: dict[str, Any]
     """Content of the model file; {} without one."""
     architecture: dict[str, Any]

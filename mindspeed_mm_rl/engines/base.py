@@ -11,6 +11,7 @@ import torch
 
 from mindspeed_mm_rl.algorithms.losses import ValueLossInput
 from mindspeed_mm_rl.types import Batch, ImageFeatures, ImageInput, Images, LossInput, RolloutGroup, RolloutRequest, Sampling
+from mindspeed_mm_rl.weights.device import Address, Arrivals
 from mindspeed_mm_rl.weights.host import WeightHandle
 
 PolicyLoss = Callable[[LossInput], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -44,7 +45,17 @@ class Offloads(SharesDevice, Protocol):
         """On all ranks at once, and never between gradients and the step that they are for."""
 
 
-class TrainEngine(Offloads, Protocol):
+class Publishes(Protocol):
+    """Weights for rollout engines, by the one way or the other; on all ranks at once."""
+
+    def publish_weights(self, nodes: Sequence[str]) -> WeightHandle | None:
+        """nodes: of all ranks. The handle for readers on this rank's node comes from one rank of each node."""
+
+    def send_weights(self, address: Address | None) -> None:
+        """To the reader on this rank's device, while it reads; None where there is none."""
+
+
+class TrainEngine(Offloads, Publishes, Protocol):
     def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]: ...
 
     def logprobs(self, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
@@ -66,9 +77,6 @@ class TrainEngine(Offloads, Protocol):
     def step(self, grad_norm: float) -> dict[str, float]:
         """The rest of it; grad_norm: over all networks that are clipped together."""
 
-    def publish_weights(self, nodes: Sequence[str]) -> WeightHandle | None:
-        """On all ranks at once. nodes: of all ranks. The handle for readers on this rank's node comes from one rank of each node."""
-
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
@@ -84,7 +92,7 @@ class VisionEngine(Offloads, Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-class TrainedVisionEngine(VisionEngine, Protocol):
+class TrainedVisionEngine(VisionEngine, Publishes, Protocol):
     def ref_encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
         """With the weights of the KL reference."""
 
@@ -96,9 +104,6 @@ class TrainedVisionEngine(VisionEngine, Protocol):
 
     def step(self, grad_norm: float) -> dict[str, float]:
         """Of the optimizer; grad_norm: over all networks that are clipped together."""
-
-    def publish_weights(self, nodes: Sequence[str]) -> WeightHandle | None:
-        """On all ranks at once. nodes: of all ranks. The handle for readers on this rank's node comes from one rank of each node."""
 
 
 class CriticEngine(Offloads, Protocol):
@@ -120,5 +125,5 @@ class RolloutEngine(SharesDevice, Protocol):
     def generate(self, requests: list[RolloutRequest], images: Images, sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yields each group as soon as its last sample is finished, in finish order."""
 
-    def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
+    def receive_weights(self, source: WeightHandle | Arrivals, policy_version: int) -> None:
         """Copies the weights and drops every cache that the old ones filled."""

@@ -18,8 +18,22 @@ from typing import Any
 import torch
 import torch.utils._device
 
-from mindspeed_mm_rl.platforms import compat
 from mindspeed_mm_rl.platforms.packed_sdpa import Segments, packed_sdpa
+from mindspeed_mm_rl.platforms.plain import grouped_matmul, rms_norm, rope, swiglu
+from mindspeed_mm_rl.platforms.shared_memory import MemoryFile, open_file
+
+__all__ = [
+    "adapt_megatron",
+    "can_share_memory",
+    "grouped_matmul",
+    "host_memory",
+    "open_shared",
+    "packed_attention",
+    "rms_norm",
+    "rope",
+    "shared_memory",
+    "swiglu",
+]
 
 _CPU = torch.device("cpu")
 _DO_NOTHING = ["set_device", "synchronize", "empty_cache", "ipc_collect", "set_stream", "reset_peak_memory_stats", "_lazy_init"]
@@ -53,6 +67,13 @@ def host_memory(num_bytes: int) -> torch.Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
+def can_share_memory() -> bool:
+    return True
+
+
+shared_memory, open_shared = MemoryFile, open_file
+
+
 def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -74,18 +95,10 @@ def adapt_megatron() -> None:
     _adapt_factories()
     _adapt_type_names()
     with _without_compile():
-        import megatron.core  # noqa: F401
-        from megatron.core.optimizer import distrib_optimizer
-        from megatron.core.tensor_parallel import mappings
-        from megatron.core.transformer.moe import moe_utils, token_dispatcher
+        import megatron.core.optimizer.distrib_optimizer
+        import megatron.core.transformer.moe.token_dispatcher  # noqa: F401
     # The "GPU" generator is the CPU's own here: megatron's warning that the CPU's moved while it drew from the GPU's is always true.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-    _adapt_experts(moe_utils, token_dispatcher)
-    _adapt_uneven_collectives()
-    _adapt_uneven_parts(mappings)
-    _adapt_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
-    if compat.megatron_is_0_12():
-        _repair_0_12(distrib_optimizer)
 
 
 class _Stream:
@@ -236,109 +249,3 @@ def _without_compile() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_
-
-
-def _adapt_experts(*modules: Any) -> None:
-    """all_to_all_single wants split sizes as numbers; megatron converts them only when they are CUDA tensors."""
-
-    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    for module in modules:
-        if "maybe_move_tensor_to_cpu" in vars(module):
-            module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
-        # 0.16 binds this name only where Transformer Engine is installed, and reads it everywhere.
-        vars(module).setdefault("te_general_gemm", None)
-
-
-def _adapt_uneven_parts(mappings: Any) -> None:
-    """gloo collects and scatters equal parts only. Processes that share experts and each of them have unequal numbers of tokens; between
-    any two of them gloo exchanges what they like."""
-    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-
-    def gather_any(part: torch.Tensor, group: Any = None, output_split_sizes: Any = None, *rest: Any, **named: Any) -> torch.Tensor:
-        if output_split_sizes is None or group.size() == 1:
-            return gather(part, group, output_split_sizes, *rest, **named)
-        ranks, sizes = group.size(), [int(size) for size in output_split_sizes]
-        whole = part.new_empty((sum(sizes), *part.shape[1:]))
-        torch.distributed.all_to_all_single(whole, torch.cat([part] * ranks), sizes, [len(part)] * ranks, group=group)
-        return whole
-
-    def reduce_scatter_any(whole: torch.Tensor, group: Any = None, input_split_sizes: Any = None, *rest: Any, **named: Any) -> torch.Tensor:
-        if input_split_sizes is None or group.size() == 1:
-            return reduce_scatter(whole, group, input_split_sizes, *rest, **named)
-        ranks, sizes = group.size(), [int(size) for size in input_split_sizes]
-        parts = whole.new_empty((ranks * sizes[group.rank()], *whole.shape[1:]))
-        torch.distributed.all_to_all_single(parts, whole.contiguous(), [sizes[group.rank()]] * ranks, sizes, group=group)
-        return parts.view(ranks, -1, *whole.shape[1:]).sum(0) if len(parts) else parts
-
-    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any
-
-
-def _adapt_uneven_collectives() -> None:
-    """gloo gathers and scatters parts of one size alone, but the ranks that share an expert bring as many tokens as chose it."""
-    all_gather, reduce_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
-
-    @functools.wraps(all_gather)
-    def gather(parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
-        longest = max(len(part) for part in parts)
-        if all(len(part) == longest for part in parts):
-            return all_gather(parts, own, group=group, async_op=async_op)
-        padded = [part.new_empty(longest, *part.shape[1:]) for part in parts]
-        all_gather(padded, torch.cat([own, own.new_zeros(longest - len(own), *own.shape[1:])]), group=group)
-        for part, whole in zip(parts, padded, strict=True):
-            part.copy_(whole[: len(part)])
-
-    @functools.wraps(reduce_scatter)
-    def scatter(own: torch.Tensor, parts: list[torch.Tensor], *arguments: Any, group: Any = None, **named: Any) -> Any:
-        if all(len(part) == len(own) for part in parts):
-            return reduce_scatter(own, parts, *arguments, group=group, **named)
-        whole = torch.cat(parts)
-        torch.distributed.all_reduce(whole, *arguments, group=group)
-        own.copy_(whole.split([len(part) for part in parts])[torch.distributed.get_rank(group)])
-
-    torch.distributed.all_gather, torch.distributed.reduce_scatter = gather, scatter
-
-
-def _adapt_distributed_optimizer(optimizer: Any) -> None:
-    """With torch's Adam (no Transformer Engine, no Apex) the distributed optimizer can't load a checkpoint into a fresh process:
-    state_dict() asserts that a step was made, set-states forgets "step", and all parameters share one step tensor."""
-    state_dict = optimizer.state_dict
-    set_states = vars(optimizer).get("_set_main_param_and_optimizer_states")
-
-    @functools.wraps(state_dict)
-    def seeded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
-            if not self.optimizer.state.get(parameter):
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        return state_dict(self, *args, **kwargs)
-
-    def set_states_with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Any:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state:
-            state["step"] = state["step"].clone()
-            tensors = {"step": state["step"], **tensors}
-        return set_states(self, model_param, tensors)
-
-    optimizer.state_dict = seeded_state_dict
-    if set_states is not None:
-        optimizer._set_main_param_and_optimizer_states = set_states_with_step
-
-
-def _repair_0_12(distrib_optimizer: Any) -> None:
-    """quantize_param_shard raises without Transformer Engine; numpy 2 lost `product`; torch's _write_item gained an argument."""
-    import inspect
-
-    import numpy
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    vars(numpy).setdefault("product", numpy.prod)
-    quantize = distrib_optimizer.quantize_param_shard
-    distrib_optimizer.quantize_param_shard = lambda params, *rest, **named: quantize(params, *rest, **named) if params else None
-    write_item = filesystem_async._write_item
-    if "serialization_format" in inspect.signature(write_item).parameters:
-        from torch.distributed.checkpoint.filesystem import SerializationFormat
-
-        filesystem_async._write_item = functools.partial(write_item, serialization_format=SerializationFormat.TORCH_SAVE)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
+"""Settings of torch's memory on a device."""
 
 
 def read(name: str, default: str = "") -> str:
@@ -27,3 +31,14 @@ def set_all(values: dict[str, str]) -> None:
 
 def remove(name: str) -> None:
     os.environ.pop(name, None)
+
+
+def without(name: str) -> dict[str, str]:
+    """All variables but one, for a process that is not to inherit it."""
+    return {other: value for other, value in os.environ.items() if other != name}
+
+
+def has_expandable_segments(variables: Mapping[str, str]) -> bool:
+    """Whether memory of a process that gets these variables beside those of this one grows in segments, to which ipc handles are not given
+    everywhere."""
+    return any("expandable_segments:True" in variables.get(name, read(name)) for name in ALLOCATORS)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 RUN_MARKER = "MM_RL_RUN"
 """Environment variable that every process of a run inherits: parents come and go (orphans belong to init), this stays."""
+NODE_MARKER = "MM_RL_NODE"
+"""The same for all that `mm-rl node` starts on one machine; its value is the folder of that machine's Ray."""
 PROCESS_ENV = {
     # Without it a process that gives itself a title writes over its environment, and with it the marker.
     "SPT_NOENV": "1"
@@ -24,9 +26,9 @@ _ONLY_THE_PEAK = "5"
 """What clear_refs is to clear, see proc(5)."""
 
 
-def of_run(marker: str) -> list[int]:
+def of_run(marker: str, variable: str = RUN_MARKER) -> list[int]:
     """Ids of living processes that carry this marker, the caller itself never among them."""
-    entry = f"{RUN_MARKER}={marker}".encode()
+    entry = f"{variable}={marker}".encode()
     return [int(path.name) for path in _PROC.iterdir() if path.name.isdigit() and int(path.name) != os.getpid() and _holds(path, entry)]
 
 
@@ -37,21 +39,29 @@ def _holds(process: Path, entry: bytes) -> bool:
         return False
 
 
-def end_all(marker: str, spared: Collection[int], within_seconds: float) -> list[int]:
+def end_all(marker: str, spared: Collection[int], within_seconds: float, variable: str = RUN_MARKER) -> list[int]:
     """Kills every process of the run but `spared`, again and again, for a dying one may still start others; returns those that are left."""
     deadline = time.monotonic() + within_seconds
-    while (left := [pid for pid in of_run(marker) if pid not in spared]) and time.monotonic() < deadline:
+    while (left := [pid for pid in of_run(marker, variable) if pid not in spared]) and time.monotonic() < deadline:
         for pid in left:
             kill(pid)
         time.sleep(_LOOK_SECONDS)
     return left
 
 
-def kill(pid: int) -> None:
+def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except ProcessLookupError:
         return
+
+
+def name_of(pid: int) -> str:
+    """Of the program that a process runs, its first 15 characters; empty when it has ended."""
+    try:
+        return (_PROC / str(pid) / "comm").read_text().strip()
+    except _GONE:
+        return ""
 
 
 def is_stopped(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""A small process beside the driver that outlives it: whatever way a run ends, nothing of it is left running.
+"""A small process beside the driver that outlives it: whatever way a run ends, nothing of it is left running. The launcher has one, too.
 
 driver --{"session": folder}-->  guardian    Ray's files, to be removed
        --{"over": true}------->              the driver has taken everything down itself: look for leftovers, say nothing
@@ -28,19 +28,21 @@ _SWEEP_SECONDS = 20.0
 class Guardian:
     """The driver's side. Everything that is started inside the block carries the marker."""
 
-    def __init__(self, save: str) -> None:
-        self.marker = secrets.token_hex(8)
-        self._order = json.dumps({"marker": self.marker, "driver": os.getpid(), "save": save})
+    def __init__(self, save: str | None, name: str = "the driver", variable: str = processes.RUN_MARKER, marker: str = "") -> None:
+        """save: where a run saves, for the way to go on; None: not of a run. name: of this process. marker: by default a new one."""
+        self.variable, self.marker = variable, marker or secrets.token_hex(8)
+        self._order = json.dumps({"marker": self.marker, "variable": variable, "name": name, "driver": os.getpid(), "save": save})
 
     def __enter__(self) -> Guardian:
-        env.set_all({processes.RUN_MARKER: self.marker} | processes.PROCESS_ENV)
-        # A session of its own: Ctrl-C and the end of the terminal are not for it.
+        # A session of its own: Ctrl-C and the end of the terminal are not for it. Nor is the end of the launcher: it has something to say.
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, self._order, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
+            env=env.without(processes.NODE_MARKER),
         )
+        env.set_all({self.variable: self.marker} | processes.PROCESS_ENV)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -49,7 +51,7 @@ class Guardian:
             self._process.stdin.close()
             self._process.wait(2 * _SWEEP_SECONDS)
         finally:
-            env.remove(processes.RUN_MARKER)
+            env.remove(self.variable)
 
     def tell(self, **message: object) -> None:
         try:
@@ -67,16 +69,17 @@ def main(order: str) -> None:
     for line in sys.stdin:
         told |= json.loads(line)
     is_over = "over" in told
-    left = processes.end_all(settings["marker"], [settings["driver"]] if is_over else [], _SWEEP_SECONDS)
+    left = processes.end_all(settings["marker"], [settings["driver"]] if is_over else [], _SWEEP_SECONDS, settings["variable"])
     if "session" in told:
         processes.remove_ray_session(Path(str(told["session"])))
     if left:
         print(f"error: processes {left} of the run can't be ended", file=sys.stderr, flush=True)
     if not is_over:
-        who = f"the driver (pid {settings['driver']} on {os.uname().nodename})"
+        who = f"{settings['name']} (pid {settings['driver']} on {os.uname().nodename})"
         why = "killed by signal 9 (SIGKILL), for want of memory, or because Ray's daemon died"
-        ended = "every process of the run was ended"
-        print(f"error: {who} ended without a word: {why}; {ended}. {go_on(settings['save'])}", file=sys.stderr, flush=True)
+        ended = "every process of the run was ended" if settings["save"] is not None else "all that it had started here was ended"
+        advice = f". {go_on(settings['save'])}" if settings["save"] is not None else ""
+        print(f"error: {who} ended without a word: {why}; {ended}{advice}", file=sys.stderr, flush=True)
 
 
 def go_on(save: str) -> str:

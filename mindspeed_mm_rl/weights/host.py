@@ -10,14 +10,18 @@ container). The parameters exist once per node in it, however many readers there
 from __future__ import annotations
 
 import math
-import mmap
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from mindspeed_mm_rl.platforms.shared_memory import FileHandle, MemoryFile, open_file
+
 _ALIGNMENT_BYTES = 64
+TensorSpec = tuple[str, Iterable[int], torch.dtype]
+"""Name, shape and dtype."""
+Views = list[tuple[str, torch.Tensor]]
+"""Tensors by name, in memory that is not the reader's."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class TensorSlot:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """Where the next one may begin."""
+        return self.offset + -(-self.num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,6 +66,10 @@ class WeightHandle:
         """Of all files."""
         return self.table + tuple(slot for other in self.others for slot in other.slots)
 
+    def chunks(self) -> Iterator[Views]:
+        """All at once."""
+        yield open_views(self)
+
 
 NodeHandles = Mapping[str, WeightHandle]
 """By the address of the node whose processes can open it."""
@@ -73,46 +86,48 @@ class HostBuffer:
     Nothing guards a reader against a rewrite: it may begin only when every reader of the handle has returned.
     """
 
-    def __init__(self, specs: Iterable[tuple[str, Iterable[int], torch.dtype]]) -> None:
-        """specs: (name, shape, dtype) of every tensor; raises ValueError on a name that comes twice."""
-        self._slots: dict[str, TensorSlot] = {}
-        self._size = 0
-        for name, shape, dtype in specs:
-            if name in self._slots:
-                raise ValueError(f"weight buffer: {name} is listed twice")
-            slot = TensorSlot(name, self._size, tuple(shape), str(dtype).removeprefix("torch."))
-            self._slots[name] = slot
-            self._size += -(-slot.num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        if self._size == 0:
+    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+        """Raises ValueError on a name that comes twice."""
+        self._table = placed(specs)
+        if num_bytes(self._table) == 0:
             raise ValueError("weight buffer: there is nothing to publish (no tensor, or only empty ones)")
-        self._fd = os.memfd_create("mindspeed_mm_rl_weights", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, self._size)
+        self._file = MemoryFile(num_bytes(self._table))
 
     def handle(self) -> WeightHandle:
-        return WeightHandle(f"/proc/{os.getpid()}/fd/{self._fd}", self._size, tuple(self._slots.values()))
+        file = self._file.handle()
+        return WeightHandle(file.path, file.size, self._table)
 
     def close(self) -> None:
         """Gives up the file; who has mapped it keeps it."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
-def open_views(handle: WeightHandle) -> list[tuple[str, torch.Tensor]]:
+def placed(specs: Iterable[TensorSpec]) -> tuple[TensorSlot, ...]:
+    """One behind the other. Raises ValueError on a name that comes twice."""
+    slots: dict[str, TensorSlot] = {}
+    end = 0
+    for name, shape, dtype in specs:
+        if name in slots:
+            raise ValueError(f"weight buffer: {name} is listed twice")
+        slots[name] = TensorSlot(name, end, tuple(shape), str(dtype).removeprefix("torch."))
+        end = slots[name].end
+    return tuple(slots.values())
+
+
+def num_bytes(table: Sequence[TensorSlot]) -> int:
+    """Of the memory that it describes."""
+    return table[-1].end if table else 0
+
+
+def views(memory: torch.Tensor, table: Iterable[TensorSlot]) -> Views:
+    """(name, tensor) by the table, no copy. memory: uint8."""
+    return [(slot.name, memory[slot.offset : slot.offset + slot.num_bytes].view(slot.torch_dtype).view(slot.shape)) for slot in table]
+
+
+def open_views(handle: WeightHandle) -> Views:
     """(name, tensor) views of the shared files, no copy; the views keep the mappings alive. Those who train write them, readers must not.
 
     Raises ValueError when a file cannot be opened (its maker gone, or another node, container or user).
     """
-    try:
-        fd = os.open(handle.path, os.O_RDWR)
-    except OSError as error:
-        raise ValueError(
-            f"weights cannot be read from {handle.path} ({error.strerror}): the trainer must be alive, on this node and in this container"
-        ) from error
-    try:
-        # torch.frombuffer asks for a writable buffer.
-        raw = torch.frombuffer(mmap.mmap(fd, handle.size), dtype=torch.uint8)
-    finally:
-        os.close(fd)
-    own = [(slot.name, raw[slot.offset : slot.offset + slot.num_bytes].view(slot.torch_dtype).view(slot.shape)) for slot in handle.table]
+    own = views(open_file(FileHandle(handle.path, handle.size)), handle.table)
     return own + [view for other in handle.others for view in open_views(other)]

@@ -105,6 +105,23 @@ def deal(held: Sequence[Sequence[Region]], nodes: Sequence[str]) -> Deal:
     return Deal(tuple(map(tuple, writes)), tuple(transfers))
 
 
+def senders(held: Sequence[Sequence[Region]]) -> dict[Region, int]:
+    """Who sends a region to all others: of its holders the one with the fewest bytes so far. What all hold is sent by nobody.
+
+    held: by rank.
+    """
+    holders: dict[Region, list[int]] = defaultdict(list)
+    for rank, regions in enumerate(held):
+        for region in regions:
+            holders[region].append(rank)
+    load, found = [0] * len(held), {}
+    for region, ranks in holders.items():
+        if len(ranks) < len(held):
+            found[region] = min(ranks, key=lambda rank: (load[rank], rank))
+            load[found[region]] += region.num_bytes
+    return found
+
+
 def check_whole(regions: Iterable[Region], shapes: Mapping[str, Shape]) -> None:
     """Raises ValueError unless the regions that somebody holds make up every tensor. shapes: of the whole tensors, by name."""
     found: dict[str, int] = defaultdict(int)

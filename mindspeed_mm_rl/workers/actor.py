@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from mindspeed_mm_rl.engines.base import PolicyLoss
     from mindspeed_mm_rl.types import Batch, ImageFeatures, ImageInput
-    from mindspeed_mm_rl.weights.host import WeightHandle
 
 
 class ActorWorker(TrainWorker):
@@ -29,17 +28,20 @@ class ActorWorker(TrainWorker):
         return (table, len(table)) if is_first else (None, 0)
 
     def logprobs(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
-        return self.engine.logprobs(batch, rows, fetched(images))
+        with self.tracer.stage("actor_compute_log_prob"):
+            return self.engine.logprobs(batch, rows, fetched(images))
 
     def ref_logprobs(self, batch: Batch, rows: list[int], images: list[Any]) -> dict[int, torch.Tensor]:
-        return self.engine.ref_logprobs(batch, rows, fetched(images))
+        with self.tracer.stage("reference_compute_log_prob"):
+            return self.engine.ref_logprobs(batch, rows, fetched(images))
 
     def update(
         self, batch: Batch, rows: list[int], images: list[Any], policy_loss: PolicyLoss, num_loss_tokens: float, num_sequences: float
     ) -> dict[str, float]:
         from mindspeed_mm_rl.engines.base import UpdateRequest
 
-        return self.engine.update(UpdateRequest(batch, rows, num_loss_tokens, num_sequences), fetched(images), policy_loss)
+        with self.tracer.stage("actor_update"):
+            return self.engine.update(UpdateRequest(batch, rows, num_loss_tokens, num_sequences), fetched(images), policy_loss)
 
     def gradients(
         self,
@@ -55,11 +57,9 @@ class ActorWorker(TrainWorker):
         from mindspeed_mm_rl.engines.base import UpdateRequest
 
         request = UpdateRequest(batch, rows, num_loss_tokens, num_sequences)
-        metrics, gradients = self.engine.gradients(request, fetched(images), policy_loss)
+        with self.tracer.stage("actor_update"):
+            metrics, gradients = self.engine.gradients(request, fetched(images), policy_loss)
         return metrics, gradients if is_first else {}
 
     def step(self, grad_norm: float) -> dict[str, float]:
         return self.engine.step(grad_norm)
-
-    def publish_weights(self, nodes: list[str]) -> WeightHandle | None:
-        return self.engine.publish_weights(nodes)

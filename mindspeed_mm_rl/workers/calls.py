@@ -46,8 +46,8 @@ def start_bound(timeout_seconds: float) -> float:
     return max(timeout_seconds, _START_SECONDS)
 
 
-def answers(calls: Sequence[Call], timeout_seconds: float, doing: str) -> list[Any]:
-    """All answers, in the order of the calls.
+def answers(calls: Sequence[Call], timeout_seconds: float, doing: str, awaited: Sequence[Call] = ()) -> list[Any]:
+    """All answers, in the order of the calls. awaited: other calls, whose workers these may be waiting for.
 
     Raises WorkerDied, WorkerFailed (a worker raised, or was silent for too long) or ValueError (a worker refuses what the user asked for).
     """
@@ -60,16 +60,30 @@ def answers(calls: Sequence[Call], timeout_seconds: float, doing: str) -> list[A
         done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, min(left, _LOOK_SECONDS)))
         signals.let_through()
         if not done and left <= 0:
-            raise silent([call for call in calls if call.ref in pending], timeout_seconds, doing)
+            raise silent([call for call in calls if call.ref in pending] + unanswered(awaited), timeout_seconds, doing)
         for ref in done:
             try:
                 got[ref] = ray.get(ref)
             except ray.exceptions.RayError as error:
-                raise to_blame(calls, {ref: error}, pending, timeout_seconds, doing) from error
+                raise to_blame(calls, {ref: error}, pending, timeout_seconds, doing, awaited) from error
     return [got[call.ref] for call in calls]
 
 
-def to_blame(calls: Sequence[Call], errors: dict[Any, Exception], pending: list[Any], timeout_seconds: float, doing: str) -> Exception:
+def unanswered(calls: Sequence[Call]) -> list[Call]:
+    """As of now."""
+    import ray
+
+    return [call for call in calls if not ray.wait([call.ref], timeout=0)[0]]
+
+
+def to_blame(
+    calls: Sequence[Call],
+    errors: dict[Any, Exception],
+    pending: list[Any],
+    timeout_seconds: float,
+    doing: str,
+    awaited: Sequence[Call] = (),
+) -> Exception:
     """What to say when the first of some calls that belong together has failed. errors: what is known, by the refs of their calls; pending:
     refs that have not answered yet."""
     import ray
@@ -92,7 +106,7 @@ def to_blame(calls: Sequence[Call], errors: dict[Any, Exception], pending: list[
         if not failure.blames_others(own_error(error)):
             return failure.raised(member, doing, own_error(error))
     if pending:
-        return silent([call for call in calls if call.ref in pending], timeout_seconds, doing)
+        return silent([call for call in calls if call.ref in pending] + unanswered(awaited), timeout_seconds, doing)
     return failure.raised(failures[0][0], doing, own_error(failures[0][1]))
 
 

@@ -17,6 +17,7 @@ _SOMEBODY_ELSES_FAULT = re.compile(
 )
 """What a collective says on the ranks that are well when another one is gone or silent."""
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|running low on memory", re.IGNORECASE)
+_MACHINE_GONE = re.compile(r"its node has died|node (died|is dead|failure)|raylet.*(died|terminated)", re.IGNORECASE)
 _DISK_FULL = re.compile(r"no space left on device|errno 28|disk quota exceeded", re.IGNORECASE)
 _MEMORY_ADVICE = {
     "trainer rank": "lower rl_config.max_packing_token_size",
@@ -93,15 +94,19 @@ def raised(member: Member, doing: str, error: BaseException) -> Exception:
     return kind(f"{member} failed in {doing}: {cause_of(error, member.role)}")
 
 
-def died(member: Member, doing: str, error: BaseException) -> WorkerDied:
-    """error: what Ray raises for a worker process that is gone."""
-    failure = WorkerDied(f"{member} died in {doing}: {_cause_of_death(member, str(error))}")
+def died(member: Member, doing: str, error: BaseException) -> WorkerFailed:
+    """WorkerDied, unless its machine is gone: then there is no place for another one. error: what Ray raises for a process that is gone."""
+    kind = WorkerFailed if _MACHINE_GONE.search(str(error)) else WorkerDied
+    failure = kind(f"{member} died in {doing}: {_cause_of_death(member, str(error))}")
     failure.log = log_of(member)
     return failure
 
 
 def _cause_of_death(member: Member, text: str) -> str:
     """Only the parent of a process is told how it ended, and that is Ray's daemon; so from what Ray, the log and the kernel say."""
+    if _MACHINE_GONE.search(text):
+        was_told = "received SIGTERM" in text
+        return f"its machine {'left the run: Ray on it was told to end' if was_told else 'is gone, or Ray on it'}"
     if re.search(r"running low on memory|OutOfMemory", text):
         return f"out of memory: Ray ended it because its machine had little memory left{_advice(member)}"
     if "receives a SIGTERM" in text:
@@ -115,8 +120,6 @@ def _cause_of_death(member: Member, text: str) -> str:
     now = processes.memory_kills() if member.is_local else None
     if now is not None and member.memory_kills is not None and now > member.memory_kills:
         return f"out of memory: the kernel killed it by signal 9 (SIGKILL){_advice(member)}"
-    if "node" in text and re.search(r"node (died|is dead|failure)|raylet.*(died|terminated)", text, re.IGNORECASE):
-        return "its machine, or Ray's daemon on it, is gone"
     unknown = now is None or member.memory_kills is None
     return "killed by signal 9 (SIGKILL)" + (", by somebody or for want of memory" if unknown else "")
 

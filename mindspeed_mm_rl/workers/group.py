@@ -5,7 +5,7 @@ A lost rank cannot be replaced: its peers are stuck with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from mindspeed_mm_rl.engines.base import PolicyLoss, ValueLoss
 from mindspeed_mm_rl.models.saved_weights import VISION_FOLDER
 from mindspeed_mm_rl.models.weight_files import ACTOR_FOLDER, CRITIC_FOLDER
 from mindspeed_mm_rl.types import Batch, ImageInput, PhaseReport
+from mindspeed_mm_rl.weights.device import Address
 from mindspeed_mm_rl.weights.host import NodeHandles
 from mindspeed_mm_rl.workers import encoding, placement
 from mindspeed_mm_rl.workers.actor import ActorWorker
@@ -24,6 +25,7 @@ from mindspeed_mm_rl.workers.calls import Call, Pulse, answers, numbered, start_
 from mindspeed_mm_rl.workers.critic import CriticWorker
 from mindspeed_mm_rl.workers.encoding import EncodedTables, Encoder
 from mindspeed_mm_rl.workers.failure import Member
+from mindspeed_mm_rl.workers.published import Published, publish
 from mindspeed_mm_rl.workers.storage import Storage
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class TrainGroup:
         """Starts the processes and does not wait for them; `ready` does."""
         self.slots, self.train, self.timeout = slots, train, plan.run.timeout_seconds
         self.turns, earlier = slots.turns, slots.turns.earlier()
-        variables = dict(plan.runtime_env) | {"OMP_NUM_THREADS": str(train.threads)}
+        variables = dict(plan.runtime_env) | ({"OMP_NUM_THREADS": str(train.threads)} if train.threads else {})
         self.workers = [
             placement.spawn(slots, worker, rank, variables, plan=train, rank=rank, world_size=slots.count, **engine_options)
             for rank in range(slots.count)
@@ -89,12 +91,16 @@ class TrainGroup:
         calls = [Call(m, call(m.actor, rank), about[rank] if about else "") for rank, m in enumerate(self.members)]
         return answers(calls, self.timeout, doing)
 
-    def _published(self) -> NodeHandles:
-        """Returns when the buffers of all nodes are whole."""
+    def written_weights(self) -> NodeHandles:
+        """Returns when the files of all nodes are whole."""
         self.turns.take("resharding_to_infer", self)
         nodes = [member.node for member in self.members]
         handles = self._all("weight push", lambda worker, _: worker.publish_weights.remote(nodes))
         return {node: handle for node, handle in zip(nodes, handles, strict=True) if handle is not None}
+
+    def send_weights(self, inboxes: Mapping[int, Address]) -> list[Call]:
+        """Under way. inboxes: of the readers, by the bundles that they share with ranks."""
+        return [Call(member, member.actor.send_weights.remote(inboxes.get(rank))) for rank, member in enumerate(self.members)]
 
     def _by_sample(self, doing: str, verb: str, batch: Batch, images: list[Any]) -> dict[int, torch.Tensor]:
         import ray
@@ -125,6 +131,7 @@ class ActorGroup(TrainGroup):
     role, name = "trainer rank", "trainer"
 
     def __init__(self, slots: placement.Slots, plan: Plan, with_reference: bool) -> None:
+        self.carrier = plan.rollout.weight_carrier
         super().__init__(
             slots, plan, ActorWorker, plan.train,
             with_reference=with_reference, entropy_bonus=plan.recipe.entropy_coeff != 0, publish_vision=not plan.rollout.image_embeds,
@@ -166,8 +173,8 @@ class ActorGroup(TrainGroup):
     def step(self, grad_norm: float) -> dict[str, float]:
         return self._all("update", lambda worker, _: worker.step.remote(grad_norm))[-1]
 
-    def publish_weights(self) -> NodeHandles:
-        return self._published()
+    def publish_weights(self) -> Published:
+        return publish(self.carrier, self)
 
 
 class CriticGroup(TrainGroup):

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import RunPlan
-from mindspeed_mm_rl.platforms import env, processes, signals
+from mindspeed_mm_rl.platforms import env, network, processes, resources, signals
 from mindspeed_mm_rl.workers.calls import Call, answers, start_bound
-from mindspeed_mm_rl.workers.failure import Member
+from mindspeed_mm_rl.workers.failure import Member, first_sentence
 from mindspeed_mm_rl.workers.storage import Storage
 from mindspeed_mm_rl.workers.turns import Turns
 
 _OBJECT_STORE_BYTES_ON_CPU = 512 << 20
 _DEVICE_SHARE, _CPU_SHARE = 0.25, 0.5
 """Of a bundle, for each of the processes that take turns on it: trainer, rollout engine, critic and vision encoder."""
+_WAIT_SECONDS = 600
+"""For devices of a cluster that is there already: it may have to bring up machines first."""
+_OWN_WAIT_SECONDS, _CONNECT_SECONDS = 60, 5.0
 _COMMON_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -24,13 +27,15 @@ class Slots:
     """The bundles of the run. Example: Slots(group=<placement group>, device="cpu", count=1)."""
 
     group: Any
-    device: str
+    device: resources.Kind
     count: int
     node: str
     """Address of this machine, as Ray knows it."""
     session_folder: str
     """Ray's files on this machine."""
     is_own_cluster: bool
+    bundles: tuple[int, ...]
+    """Of the group, in the order of the slots: those of one machine are neighbours, those of this one come first."""
     turns: Turns = field(default_factory=Turns)
     """Who works on them."""
     storage: Storage = field(default_factory=Storage)
@@ -47,23 +52,66 @@ def start(run: RunPlan) -> Slots:
 
     env.set_all({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"} | processes.PROCESS_ENV)
     address = env.read("RAY_ADDRESS")
-    new_cluster = {"address": "local", "include_dashboard": False}
-    if run.device == "cpu":
-        new_cluster |= {"num_cpus": 2 * run.num_devices + 1, "object_store_memory": _OBJECT_STORE_BYTES_ON_CPU}
     # Ray ends the process at SIGTERM by itself, and nothing would be said or saved.
     with signals.kept():
-        context = ray.init(log_to_driver=False, logging_level="ERROR", **({"address": address} if address else new_cluster))
+        info = _join(address) if address else _begin(run)
     # What Ray's daemons say of a dead worker in many lines, the run says in one sentence.
     ray._private.worker._worker_logs_enabled = False
-    group = placement_group([_bundle(run.device)] * run.num_devices, strategy="PACK")
-    if not group.wait(run.timeout_seconds):
-        raise ValueError(
-            f"actor_resource asks for {run.num_devices} x {_bundle(run.device)} but the cluster offers {ray.cluster_resources()}; "
-            "lower actor_resource.num_npus or add nodes"
-        )
-    info = context.address_info
-    turns = Turns(start_together=run.device == "cpu")
-    return Slots(group, run.device, run.num_devices, info["node_ip_address"], info["session_dir"], not address, turns)
+    group = placement_group([resources.bundle(run.device)] * run.num_devices, strategy="PACK")
+    seconds = env.read_int("WAIT_SECONDS", _WAIT_SECONDS) if address else _OWN_WAIT_SECONDS
+    if not group.wait(seconds):
+        raise ValueError(_too_few(run, seconds))
+    here, turns = info["node_ip_address"], Turns(start_together=run.device == "cpu")
+    return Slots(group, run.device, run.num_devices, here, info["session_dir"], not address, _by_machine(group, here), turns)
+
+
+def _begin(run: RunPlan) -> dict[str, str]:
+    import ray
+
+    sizes = {"num_cpus": 2 * run.num_devices + 1, "object_store_memory": _OBJECT_STORE_BYTES_ON_CPU} if run.device == "cpu" else {}
+    return ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", **sizes).address_info
+
+
+def _join(address: str) -> dict[str, str]:
+    """Raises ValueError for an address that no Ray cluster answers at, or not to this machine."""
+    import ray
+
+    if "://" in address:
+        raise ValueError(f"RAY_ADDRESS is {address}: give host:port of the head, and start the run on a machine of the cluster")
+    host, _, port = address.rpartition(":")
+    # Ray would try for two minutes, and then end the process.
+    if host and port.isdigit() and (reason := network.unreachable(host, int(port), _CONNECT_SECONDS)):
+        raise ValueError(f"RAY_ADDRESS is {address}, but {reason}; correct it, or unset it for a cluster of the run's own")
+    try:
+        return ray.init(address=address, log_to_driver=False, logging_level="ERROR").address_info
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ValueError(f"RAY_ADDRESS is {address}, and Ray can't join it: {first_sentence(error)}") from error
+
+
+def _too_few(run: RunPlan, seconds: int) -> str:
+    import ray
+
+    one = resources.bundle(run.device)
+    offers = {
+        node["NodeManagerAddress"]: int(min(node["Resources"].get(name, 0) // amount for name, amount in one.items()))
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    told = ", ".join(f"{count} on {address}" for address, count in sorted(offers.items()))
+    return (
+        f"rl_config.actor_resource.num_npus asks for {run.num_devices} devices, each with {one}, and after {seconds} s the cluster has not "
+        f"given them; it has {told} in all, others may use some: lower num_npus, add machines (NNODES, NPUS_PER_NODE), or end the others"
+    )
+
+
+def _by_machine(group: Any, here: str) -> tuple[int, ...]:
+    """Ray gives bundles to machines in no order that it promises; ranks that talk most are neighbours."""
+    import ray
+    from ray.util import placement_group_table
+
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    machines: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return tuple(sorted(machines, key=lambda bundle: (addresses[machines[bundle]] != here, machines[bundle], bundle)))
 
 
 def stop() -> None:
@@ -73,24 +121,19 @@ def stop() -> None:
     ray.shutdown()
 
 
-def _bundle(device: str) -> dict[str, float]:
-    return {"cpu": {"CPU": 2}, "cuda": {"CPU": 2, "GPU": 1}, "npu": {"CPU": 2, "NPU": 1}}[device]
-
-
 def spawn(slots: Slots, worker: type, slot: int, variables: dict[str, str], **arguments: Any) -> Any:
-    """One worker process on bundle `slot`; its class must live in an importable module."""
+    """One worker process on a slot; its class must live in an importable module."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    share = {"cpu": {}, "cuda": {"num_gpus": _DEVICE_SHARE}, "npu": {"resources": {"NPU": _DEVICE_SHARE}}}[slots.device]
     return (
         ray.remote(worker)
         .options(
             num_cpus=_CPU_SHARE,
             max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(slots.group, placement_group_bundle_index=slot),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(slots.group, placement_group_bundle_index=slots.bundles[slot]),
             runtime_env={"env_vars": _COMMON_ENV | processes.PROCESS_ENV | _marker() | variables},
-            **share,
+            **resources.share(slots.device, _DEVICE_SHARE),
         )
         .remote(**arguments)
     )

@@ -21,6 +21,7 @@ from mindspeed_mm_rl.weights.host import NodeHandles
 from mindspeed_mm_rl.workers import placement
 from mindspeed_mm_rl.workers.calls import Call, answers, numbered, silent, start_bound, to_blame
 from mindspeed_mm_rl.workers.failure import Member, WorkerDied, WorkerFailed
+from mindspeed_mm_rl.workers.published import DOING, Published, UnderWay
 from mindspeed_mm_rl.workers.rollout import RolloutWorker
 
 _ROLE = "rollout replica"
@@ -31,16 +32,18 @@ _log = logging.getLogger(__name__)
 
 
 class Replica:
-    """One rollout engine: as many processes as it has tensor-parallel ranks, on neighbouring bundles."""
+    """One rollout engine: as many processes as it has ranks, on neighbouring bundles."""
 
     def __init__(self, slots: placement.Slots, plan: Plan, number: int) -> None:
         """Starts the processes and does not wait for them; `ready` does."""
         self.number, self._slots, self._timeout = number, slots, plan.run.timeout_seconds
-        size = plan.rollout.tensor_parallel_size
-        variables = without_segments(dict(plan.runtime_env)) | rollout_env(plan.rollout.threads)
+        size = plan.rollout.num_ranks
+        self.places = range(number * size, (number + 1) * size)
+        """Bundles of its processes."""
+        variables = rollout_env(plan.rollout.threads) | without_segments(dict(plan.runtime_env))
         self.workers = [
-            placement.spawn(slots, RolloutWorker, number * size + rank, variables, plan=plan.rollout, seed=plan.rollout.seed, rank=rank)
-            for rank in range(size)
+            placement.spawn(slots, RolloutWorker, place, variables, plan=plan.rollout, seed=plan.rollout.seed, rank=rank)
+            for rank, place in enumerate(self.places)
         ]
         self._greetings = [worker.alive.remote() for worker in self.workers]
         meeting_point = self.workers[0].meeting_point.remote() if size > 1 else None
@@ -55,9 +58,9 @@ class Replica:
         calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
         answers(calls, start_bound(self._timeout), "start of the rollout engine")
 
-    def calls(self, verb: str) -> list[Call]:
-        """verb: of the workers, without arguments."""
-        return [Call(member, getattr(member.actor, verb).remote()) for member in self.members]
+    def calls(self, verb: str, *arguments: Any) -> list[Call]:
+        """verb: of the workers."""
+        return [Call(member, getattr(member.actor, verb).remote(*arguments)) for member in self.members]
 
     def receive_weights(self, handles: NodeHandles, policy_version: int) -> list[Call]:
         """handles: of every node on which a process trains. Raises ValueError when there is none on a node of this replica."""
@@ -80,29 +83,36 @@ class Replica:
 
 
 class _Share:
-    """What one replica has in hand: a stream of rank 0, and the other ranks, which keep pace with it."""
+    """What one replica has in hand: of each tensor-parallel group a stream of its first rank, and the others, which keep pace with it."""
 
-    def __init__(self, replica: Replica, requests: list[RolloutRequest], images: list[Any], sampling: Sampling) -> None:
+    def __init__(self, replica: Replica, shares: Sequence[list[RolloutRequest]], images: list[Any], sampling: Sampling) -> None:
+        """shares: requests of each of its groups."""
         self.replica = replica
-        self.unfinished = {request.prompt_id: request for request in requests}
+        self.unfinished = {request.prompt_id: request for requests in shares for request in requests}
         self.since = time.monotonic()
         """When the replica last finished a group, or began."""
-        first, *others = replica.members
-        self._stream = first.actor.generate.options(num_returns="streaming").remote(requests, images, sampling)
-        self._calls = {self._stream: Call(first, self._stream.completed())}
-        for other in others:
-            ref = other.actor.keep_pace.remote(requests, images, sampling)
-            self._calls[ref] = Call(other, ref)
+        self._calls: dict[Any, Call] = {}
+        self._prompts: dict[Any, set[int]] = {}
+        """Of each stream."""
+        size = len(replica.members) // len(shares)
+        for number, requests in enumerate(shares):
+            first, *others = replica.members[number * size : (number + 1) * size]
+            stream = first.actor.generate.options(num_returns="streaming").remote(requests, images, sampling)
+            self._calls[stream] = Call(first, stream.completed())
+            self._prompts[stream] = {request.prompt_id for request in requests}
+            for other in others:
+                ref = other.actor.keep_pace.remote(requests, images, sampling)
+                self._calls[ref] = Call(other, ref)
         self.pending = list(self._calls)
         """What `read` may be called with as soon as ray.wait names it; empty when all is done."""
 
     def read(self, ready: Any, doing: str, timeout_seconds: float) -> RolloutGroup | None:
-        """The next group, where it is the stream that has something to say. Raises WorkerDied, WorkerFailed or ValueError."""
+        """The next group, where it is a stream that has something to say. Raises WorkerDied, WorkerFailed or ValueError."""
         import ray
 
-        own = self._calls[ready]
+        own, prompts = self._calls[ready], self._prompts.get(ready)
         try:
-            ref = next(ready, None) if ready is self._stream else ready
+            ref = ready if prompts is None else next(ready, None)
             group = None if ref is None else ray.get(ref)
         except ray.exceptions.RayError as error:
             others = [call.ref for call in self._calls.values() if call is not own]
@@ -112,8 +122,8 @@ class _Share:
             self.since = time.monotonic()
             return group
         self.pending.remove(ready)
-        if ready is self._stream and self.unfinished:
-            raise WorkerFailed(f"{own.member} ended its stream without {numbered('prompts', sorted(self.unfinished))}")
+        if missing := sorted((prompts or set()) & self.unfinished.keys()):
+            raise WorkerFailed(f"{own.member} ended its stream without {numbered('prompts', missing)}")
         return None
 
     def late(self) -> list[Call]:
@@ -122,7 +132,7 @@ class _Share:
 
 
 def dealt(requests: Sequence[RolloutRequest], max_tokens: int, replicas: int) -> list[list[RolloutRequest]]:
-    """Requests of each replica, balanced by prompt and longest response.
+    """Requests of each replica (or group in one), balanced by prompt and longest response.
 
     What is known of the responses' lengths is the same for all prompts, so that a better guess would only move the weight of prompts; and a
     mean of those before would be state that a resumed run lacks.
@@ -138,10 +148,12 @@ class RolloutGroupStream:
         """Starts the processes and does not wait for them; `ready` does."""
         self.slots, self.plan, self.timeout = slots, plan, plan.run.timeout_seconds
         self._training = Sampling(plan.run.samples_per_prompt)
-        self._replicas = [Replica(slots, plan, number) for number in range(slots.count // plan.rollout.tensor_parallel_size)]
+        self._replicas = [Replica(slots, plan, number) for number in range(slots.count // plan.rollout.num_ranks)]
         self.while_waiting: Callable[[str], None] = lambda doing: None
         """Called about once a second while groups are awaited, with what is going on: a look at those who are idle meanwhile."""
-        self._pushed: tuple[NodeHandles, int] | None = None
+        self._pushed: tuple[Published, int] | None = None
+        self._bare: list[Replica] = []
+        """Without the weights of the last push."""
         self._replaced = self._replaced_before = 0
 
     @property
@@ -166,9 +178,10 @@ class RolloutGroupStream:
 
         sampling = sampling or self._training
         self.slots.turns.take("" if sampling.stream else "rollout", self)
+        self._fill_beside_work()
         doing = sampling.stream or "rollout"
         shares_of = dealt(requests, self.plan.rollout.max_tokens, len(self._replicas))
-        shares = [_Share(replica, own, images, sampling) for replica, own in zip(self._replicas, shares_of, strict=True) if own]
+        shares = [self._begun(replica, own, images, sampling) for replica, own in zip(self._replicas, shares_of, strict=True) if own]
         while shares:
             pending = {ref: share for share in shares for ref in share.pending}
             done, _ = ray.wait(list(pending), num_returns=1, timeout=_LOOK_SECONDS)
@@ -180,8 +193,9 @@ class RolloutGroupStream:
                 except WorkerDied as death:
                     shares.remove(share)
                     successor = self._replace(share.replica, death)
+                    self._fill_beside_work()
                     if share.unfinished:
-                        shares.append(_Share(successor, list(share.unfinished.values()), images, sampling))
+                        shares.append(self._begun(successor, list(share.unfinished.values()), images, sampling))
                     continue
                 if group is not None:
                     yield group
@@ -190,22 +204,45 @@ class RolloutGroupStream:
             self.while_waiting(doing)
             self._check_progress(shares, doing)
 
+    def _begun(self, replica: Replica, requests: list[RolloutRequest], images: list[Any], sampling: Sampling) -> _Share:
+        rollout = self.plan.rollout
+        return _Share(replica, dealt(requests, rollout.max_tokens, rollout.data_parallel_size), images, sampling)
+
     def _check_progress(self, shares: list[_Share], doing: str) -> None:
         """A replica that is stopped, or hangs, says nothing."""
         late = [call for share in shares if time.monotonic() - share.since > self.timeout for call in share.late()]
         if late:
             raise silent(late, self.timeout, doing)
 
-    def receive_weights(self, handles: NodeHandles, policy_version: int) -> None:
+    def receive_weights(self, published: Published, policy_version: int) -> None:
         """Returns when every replica has copied the weights."""
-        self.slots.turns.take("resharding_to_infer", self)
-        self._pushed = (handles, policy_version)
-        under_way = [(replica, replica.receive_weights(handles, policy_version)) for replica in self._replicas]
+        self.slots.turns.take("resharding_to_infer", *published.groups, self)
+        self._pushed, self._bare = (published, policy_version), list(self._replicas)
+        self._fill()
+
+    def _fill(self) -> None:
+        """Gives the weights of the last push to those who have others, or none."""
+        while self._bare and self._pushed:
+            bare, self._bare = self._bare, []
+            published, policy_version = self._pushed
+            published.deliver(bare, policy_version, self._survivors)
+
+    def _survivors(self, under_way: UnderWay) -> list[tuple[Replica, list[Any]]]:
+        """Their answers to a push. Those who died are replaced."""
+        found = []
         for replica, calls in under_way:
             try:
-                answers(calls, self.timeout, "weight push")
+                found.append((replica, answers(calls, self.timeout, DOING)))
             except WorkerDied as death:
                 self._replace(replica, death)
+        return found
+
+    def _fill_beside_work(self) -> None:
+        """In the midst of something, so that no turn is taken: trainers bring back what they send, and then send it off again."""
+        if self._bare and self._pushed:
+            self._fill()
+            for group in self._pushed[0].groups:
+                group.rest()
 
     def take_replaced(self) -> int:
         """Replicas replaced since this was last asked."""
@@ -230,16 +267,15 @@ class RolloutGroupStream:
         return found
 
     def _replace(self, replica: Replica, death: WorkerDied) -> Replica:
-        """Raises WorkerFailed when too many have died, or when the new one cannot start."""
+        """The new one has no weights yet. Raises WorkerFailed when too many have died, or when it cannot start."""
         if self._replaced == _MAX_REPLACEMENTS:
             raise WorkerFailed(f"{death}; {_MAX_REPLACEMENTS} replicas of this run were replaced before, so it is no accident") from death
         self._replaced += 1
         replica.stop()
         successor = Replica(self.slots, self.plan, replica.number)
         successor.ready()
-        if self._pushed is not None:
-            answers(successor.receive_weights(*self._pushed), self.timeout, "weight push")
         self._replicas[replica.number] = successor
+        self._bare = [bare for bare in self._bare if bare is not replica] + [successor]
         pids = ", ".join(str(member.pid) for member in successor.members)
         _log.warning("%s; replaced by pid %s (%d of %d)", death, pids, self._replaced, _MAX_REPLACEMENTS)
         return successor

@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_mm_rl.platforms.profiling import Tracer
 from mindspeed_mm_rl.workers.worker import RankWorker
 
 if TYPE_CHECKING:
     from mindspeed_mm_rl.config.plan import TrainPlan
+    from mindspeed_mm_rl.weights.device import Address
+    from mindspeed_mm_rl.weights.host import WeightHandle
 
 
 class TrainWorker(RankWorker, ABC):
@@ -17,7 +20,7 @@ class TrainWorker(RankWorker, ABC):
 
     def __init__(self, plan: TrainPlan, rank: int, world_size: int, **engine_options: bool) -> None:
         super().__init__(rank, world_size, plan.timeout_seconds)
-        self.plan, self.engine_options = plan, engine_options
+        self.plan, self.engine_options, self.tracer = plan, engine_options, Tracer(plan.trace, rank)
 
     def start(self, meeting_point: tuple[str, int], *_: Any) -> int:
         """Builds the engine; returns the number of trainable parameters. Further arguments are only waited for."""
@@ -40,6 +43,12 @@ class TrainWorker(RankWorker, ABC):
     @abstractmethod
     def new_engine(self) -> Any:
         """Called when the process groups are there."""
+
+    def publish_weights(self, nodes: list[str]) -> WeightHandle | None:
+        return self.engine.publish_weights(nodes)
+
+    def send_weights(self, address: Address | None) -> None:
+        self.engine.send_weights(address)
 
     def offload(self) -> None:
         self.engine.offload()

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import torch
 
     from mindspeed_mm_rl.types import ImageFeatures, ImageInput
-    from mindspeed_mm_rl.weights.host import WeightHandle
 
 
 class VisionWorker(TrainWorker):
@@ -46,6 +45,3 @@ class TrainedVisionWorker(VisionWorker):
 
     def step(self, grad_norm: float) -> dict[str, float]:
         return self.engine.step(grad_norm)
-
-    def publish_weights(self, nodes: list[str]) -> WeightHandle | None:
-        return self.engine.publish_weights(nodes)

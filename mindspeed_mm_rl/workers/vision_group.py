@@ -13,11 +13,11 @@ import torch
 from mindspeed_mm_rl.config.plan import Plan
 from mindspeed_mm_rl.engines.base import PolicyLoss
 from mindspeed_mm_rl.types import Batch, ImageInput
-from mindspeed_mm_rl.weights.host import NodeHandles, joined
 from mindspeed_mm_rl.workers import encoding, placement
 from mindspeed_mm_rl.workers.calls import Call, answers
 from mindspeed_mm_rl.workers.encoding import EncodedTables
 from mindspeed_mm_rl.workers.group import ActorGroup, TrainGroup
+from mindspeed_mm_rl.workers.published import Published, publish
 from mindspeed_mm_rl.workers.vision import TrainedVisionWorker, VisionWorker
 from mindspeed_mm_rl.workers.worker import fetched
 
@@ -54,9 +54,6 @@ class TrainedVisionGroup(VisionGroup):
     def step(self, grad_norm: float) -> None:
         self._all("update of the vision encoder", lambda worker, _: worker.step.remote(grad_norm))
 
-    def publish_weights(self) -> NodeHandles:
-        return self._published()
-
 
 class ActorBesideVision(ActorGroup):
     """The same verbs where pictures come as pixels and the encoder is trained elsewhere: one update of both together."""
@@ -82,8 +79,8 @@ class ActorBesideVision(ActorGroup):
         self.vision.step(norm)
         return metrics | self.step(norm)
 
-    def publish_weights(self) -> NodeHandles:
-        return joined(super().publish_weights(), self.vision.publish_weights())
+    def publish_weights(self) -> Published:
+        return publish(self.carrier, self, self.vision)
 
 
 def pixels_of(batch: Batch, images: list[Any]) -> dict[str, ImageInput]:

@@ -99,7 +99,9 @@ PHASES = (
     Phase("rewards", lambda watch: watch.grades()),
     Phase("log-probs", lambda watch: watch.does(ACTOR, "logprobs", "ref_logprobs")),
     Phase("update", lambda watch: watch.does(ACTOR, "update")),
-    Phase("push", lambda watch: watch.does(ACTOR, "publish_weights") or watch.does(ROLLOUT, "receive_weights")),
+    Phase(
+        "push", lambda watch: watch.does(ACTOR, "publish_weights", "send_weights") or watch.does(ROLLOUT, "receive_weights", "empty_inbox")
+    ),
     Phase("save: weights are written", lambda watch: watch.writes_partial(with_state=False)),
     Phase("save: before the rename", lambda watch: watch.writes_partial(with_state=True)),
     Phase(

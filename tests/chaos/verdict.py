@@ -186,7 +186,7 @@ def all_tensors(actor: Path) -> dict[str, Tensor]:
         for key, stored in metadata.items()
         if isinstance(stored, TensorStorageMetadata)
     }
-    checkpoint.load(tensors, checkpoint_id=actor, no_dist=True)
+    checkpoint.load(tensors, checkpoint_id=actor)
     return tensors
 
 

@@ -28,8 +28,8 @@ VISION = {"depth": 4, "hidden_size": 32, "intermediate_size": 24, "num_heads": 4
 
 
 def _vl(tied: bool) -> transformers.PreTrainedModel:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
-    config = transformers.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=VISION, tie_word_embeddings=tied)
+    rope = {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 0]}}
+    config = transformers.Qwen2_5_VLConfig(text_config={**TEXT, **rope}, vision_config=VISION, tie_word_embeddings=tied)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 

@@ -60,13 +60,13 @@ def reward_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp(request.param)
     text = make_tiny_text(folder / "text", **MODELS[request.param])
     torch.manual_seed(3)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(text, num_labels=1, dtype=torch.float32)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(text, num_labels=1).float()
     model.save_pretrained(folder / "reward")
     return folder / "reward"
 
 
 def scores(folder: Path) -> torch.Tensor:
-    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
         return model(torch.arange(20, 60)[None]).logits
@@ -93,7 +93,7 @@ def test_a_reward_that_is_the_first_logit(tiny_text, tmp_path, capsys):
     assert "as in Nemotron reward models, add orm_head first_logit" in capsys.readouterr().err
     assert hf_to_mm(source, tmp_path / "mm", "--cfg.orm_head", "first_logit") == 0
     assert mm_to_hf(tmp_path / "mm", source, tmp_path / "hf", "--orm") == 0
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source).float()
     with torch.no_grad():
         first = model(torch.arange(20, 60)[None]).logits[0, -1, 0]
     torch.testing.assert_close(scores(tmp_path / "hf")[0, 0], first, atol=1e-5, rtol=0)

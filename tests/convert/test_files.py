@@ -75,7 +75,7 @@ def test_a_file_may_repeat_the_tied_embedding(tiny_text, tmp_path):
 
 def test_bfloat16_and_unstacked_layers_are_read(tmp_path):
     tensors = {f"model.{LAYERS}{n}.mlp.linear_fc2.weight": torch.randn(3, 5).bfloat16() for n in range(2)}
-    distributed_checkpoint.save(tensors, checkpoint_id=tmp_path, no_dist=True)
+    distributed_checkpoint.save(tensors, checkpoint_id=tmp_path)
     saved = SavedWeights(tmp_path)
     assert {f"model.{name}": saved.shapes[name] for name in saved} == dict.fromkeys(tensors, (3, 5))
     assert all(torch.equal(saved[name.removeprefix("model.")], tensor) for name, tensor in tensors.items())

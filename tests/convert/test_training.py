@@ -25,7 +25,7 @@ WAYS = {
 
 
 def logits_of_hugging_face(folder: Path) -> torch.Tensor:
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder).float()
     with torch.no_grad():
         return model.eval()(IDS[None]).logits[0]
 

@@ -8,10 +8,11 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mindspeed_mm_rl.weights.host import WeightHandle, open_views
+from mindspeed_mm_rl.weights.host import Views, WeightHandle, open_views
 from mindspeed_mm_rl.workers.actor import ActorWorker
 from mindspeed_mm_rl.workers.critic import CriticWorker
 from mindspeed_mm_rl.workers.rollout import RolloutWorker
@@ -19,6 +20,8 @@ from tests.host_weights import fill, new_buffer
 
 WITNESS = "PLANTED_WITNESS"
 """Environment variable of the workers: the file in which WatchedActor says what it saw."""
+HALT = "PLANTED_HALT"
+"""Environment variable of the workers: the file that tells HaltingRollout to stop."""
 PERTURBED = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -48,6 +51,37 @@ class StaleCacheRollout(RolloutWorker):
         if policy_version == 2:
             self.engine._llm.reset_prefix_cache = lambda: True
         super().receive_weights(handle, policy_version)
+
+
+class SmallChunksActor(ActorWorker):
+    """Sends weights through the device in so small parts that layers are torn apart."""
+
+    def new_engine(self) -> Any:
+        engine = super().new_engine()
+        engine.chunk_bytes = 40_000
+        return engine
+
+
+class HaltingRollout(RolloutWorker):
+    """The rank whose number stands in the file HALT stops at the second chunk of a push, and removes the file."""
+
+    def empty_inbox(self, senders: int, policy_version: int) -> None:
+        from mindspeed_mm_rl.weights.device import Arrivals
+
+        file, chunks = Path(os.environ[HALT]), Arrivals.chunks
+
+        def halting(arrivals: Arrivals) -> Iterator[Views]:
+            for number, views in enumerate(chunks(arrivals)):
+                if number == 1 and file.exists() and file.read_text() == str(self.rank):
+                    file.unlink()
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                yield views
+
+        Arrivals.chunks = halting
+        try:
+            super().empty_inbox(senders, policy_version)
+        finally:
+            Arrivals.chunks = chunks
 
 
 class DyingCritic(CriticWorker):

@@ -74,9 +74,11 @@ def goes_on_from(run: TrainRun, iteration: int) -> str:
 
 
 def test_a_rollout_replica_that_dies_is_replaced_and_nothing_else_changes(scene: Path, tmp_path: Path) -> None:
+    """The weights that it gets again come from the trainer, which has no copy of them; those of the other run went through the host."""
     with TrainRun(write_config(scene, "grpo", tmp_path / "undisturbed", keep_last=1), _TWO_ITERATIONS) as undisturbed:
         assert undisturbed.wait(_START_SECONDS) == 0, console(undisturbed)
-    with TrainRun(write_config(scene, "grpo", tmp_path / "disturbed", keep_last=1), _TWO_ITERATIONS) as run:
+    config = write_config(scene, "grpo", tmp_path / "disturbed", keep_last=1)
+    with TrainRun(config, _TWO_ITERATIONS, "generate_config.weight_carrier=device") as run:
         pid = send_during(run, ROLLOUT, "generate", signal.SIGKILL)
         code, _ = ended(run, _START_SECONDS)
     assert code == 0, console(run)

@@ -34,9 +34,11 @@ EMBEDS, PIXELS = {"image_embeds": True}, {"image_embeds": False}
 Layouts = Mapping[str, tuple[int, Mapping[str, Any]]]
 """Rollout: devices, and fields of RolloutPlan."""
 TP2, DP2 = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 1}
+WHOLE_EXPERTS = {"expert_parallel": True}
+TWO_GROUPS = {"data_parallel_size": 2} | WHOLE_EXPERTS
 WORLDS: dict[str, tuple[Mapping[str, Any], Layouts]] = {
     "pictures": (TP2_PP2, {"TP2": (2, TP2 | PIXELS), "DP2": (2, DP2 | EMBEDS)}),
-    "experts": (TP2_EP2, {"TP2": (2, TP2), "DP2": (2, DP2)}),
+    "experts": (TP2_EP2, {"TP2": (2, TP2), "TP2, whole experts": (2, TP2 | WHOLE_EXPERTS), "2 groups": (2, TWO_GROUPS)}),
 }
 
 

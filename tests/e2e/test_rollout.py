@@ -17,6 +17,7 @@ from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.types import BAN_BIAS, ImageFeatures, ImageInput, Images, RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle
 from tests.e2e.rollout_process import RolloutProcess
+from tests.hf_versions import features_of, picture_tokens
 from tests.host_weights import fill, new_buffer
 
 TEMPERATURE = 0.7
@@ -68,7 +69,7 @@ class Trainer:
     @staticmethod
     def load(folder: Path) -> Trainer:
         auto = transformers.AutoModelForImageTextToText if read_architecture(folder).vision else transformers.AutoModelForCausalLM
-        return Trainer(folder, auto.from_pretrained(folder, dtype=torch.float32).eval(), [_picture(i) for i in range(len(SIZES))])
+        return Trainer(folder, auto.from_pretrained(folder).float().eval(), [_picture(i) for i in range(len(SIZES))])
 
     def requests(self, first_prompt_id: int = 10, with_pictures: bool = True) -> list[RolloutRequest]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
@@ -93,7 +94,7 @@ class Trainer:
         found = {}
         for picture in self.pictures:
             batch = processor(images=[picture.pixels], return_tensors="pt")
-            (embeddings,) = self.model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
+            embeddings = features_of(self.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]))
             found[picture.key] = ImageFeatures(embeddings, picture.grid_thw)
         return found
 
@@ -119,8 +120,7 @@ class Trainer:
         worst = 0.0
         for rollout in group.rollouts:
             ids = torch.tensor([prompt + rollout.token_ids])
-            # transformers asks which tokens are a picture's (1) to place them in height and width.
-            kinds = {"mm_token_type_ids": (ids == read_architecture(self.folder).image_token_id).int()} if inputs else {}
+            kinds = picture_tokens(ids, read_architecture(self.folder).image_token_id) if inputs else {}
             logits = self.model(input_ids=ids, **inputs, **kinds).logits[0, len(prompt) - 1 : -1].float()
             logits[:, banned] += BAN_BIAS
             expected = (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]

@@ -21,6 +21,7 @@ from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.weights.host import WeightHandle
 from mindspeed_mm_rl.workers import placement
 from mindspeed_mm_rl.workers.failure import WorkerFailed
+from mindspeed_mm_rl.workers.published import OnHosts
 from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 from tests.addresses import free_address
 from tests.e2e.rollout_process import RolloutProcess
@@ -128,7 +129,7 @@ def test_a_replica_is_replaced_whichever_of_its_ranks_dies_and_a_stopped_one_is_
     plan = replace(plan, rollout=rollout_of_two, run=replace(plan.run, samples_per_prompt=SAMPLES))
     rollout = RolloutGroupStream(slots, plan)
     rollout.ready()
-    rollout.receive_weights({slots.node: handle}, 1)
+    rollout.receive_weights(OnHosts({slots.node: handle}), 1)
     undisturbed = by_sample(list(rollout.generate(requests(), [])))
 
     def disturbed(rank: int, number: signal.Signals) -> tuple[int, list[RolloutGroup]]:

@@ -99,14 +99,15 @@ def test_a_trained_encoder_is_updated_as_one_with_the_actor(tiny_vl: Path, repea
     assert not theirs[PATCHES].equal(start[PATCHES])
 
 
-def test_a_stop_changes_nothing(tiny_vl: Path, tmp_path: Path) -> None:
+def test_neither_a_stop_nor_the_way_of_the_weights_changes_anything(tiny_vl: Path, tmp_path: Path) -> None:
     rows = picture_rows(tmp_path / "train.parquet")
 
     def plan(name: str) -> Plan:
         return apart(trained(short(grpo_with_kl(continuation_plan(tiny_vl, rows, tmp_path / name, num_devices=1)))))
 
-    one = straight(plan("straight"))
-    check_same(one, resumed_from(plan("straight"), plan("resumed"), 1, one.batches))
+    one, other = straight(plan("straight")), plan("resumed")
+    other = replace(other, rollout=replace(other.rollout, weight_carrier="device"))
+    check_same(one, resumed_from(plan("straight"), other, 1, one.batches))
 
 
 def test_ppo_shares_a_frozen_encoder_with_its_critic(tiny_vl: Path, repeated: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
     folder = tmp_path_factory.mktemp(request.param)
     policy = make_tiny_text(folder / "policy", tied=request.param == "tied")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(policy).float()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in reference.parameters():

@@ -24,9 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 STEPS = 2
 
 
-def run(
-    rank: int, world: int, model: Path, folder: Path, jobs: list[tuple[str, str | None, str | None]], load: Path | None = None
-) -> None:
+def run(rank: int, world: int, model: Path, folder: Path, jobs: list[tuple[str, str | None, str | None]], load: Path | None = None) -> None:
     """jobs: (layout, save to begin with, save to make halfway). load: weights, else those of `model`.
 
     Metrics of every job's updates, on the last rank, to folder/answers.pt.

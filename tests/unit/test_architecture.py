@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mindspeed_mm_rl.config.profiler import Integrated, ProfilerConfig
 from mindspeed_mm_rl.config.schema import Config, EvalConfig, GenerateConfig, MegatronConfig, RLConfig, Section
 
 REPOSITORY = Path(__file__).parents[2]
@@ -20,9 +21,9 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-# The engines fill and read the host buffer themselves: a weight is never copied on the way.
-ALLOWED_UP = {("engines", "weights.host"), ("engines", "weights.push")}
-CHECKPOINT_MAY_IMPORT = ("config.model_file",) + tuple(
+# The engines fill and read the carriers' memory themselves: a weight is never copied on the way.
+ALLOWED_UP = {("engines", "weights.host"), ("engines", "weights.push"), ("engines", "weights.device")}
+CHECKPOINT_MAY_IMPORT = ("config.composition", "config.model_file") + tuple(
     f"models.{module}"
     for module in (
         "dialects",
@@ -37,6 +38,12 @@ CHECKPOINT_MAY_IMPORT = ("config.model_file",) + tuple(
         "weight_sources",
     )
 )
+MAY_REPLACE = {
+    # Variables that say how a library stands, not what it does.
+    ("mindspeed_mm_rl/engines/megatron/process_groups.py", "megatron.core.parallel_state._EMBEDDING_GLOBAL_RANKS"),
+    ("mindspeed_mm_rl/engines/megatron/process_groups.py", "megatron.core.parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS"),
+    ("mindspeed_mm_rl/workers/placement.py", "ray._private.worker._worker_logs_enabled"),
+}
 FILE_LINES, FUNCTION_LINES, ITERATION_LINES = 400, 60, 120
 
 
@@ -97,7 +104,7 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 def test_files_and_functions_are_small():
     wrong = []
-    for path in python_files(PACKAGE.name, "checkpoint", "examples", "tests"):
+    for path in python_files(PACKAGE.name, "checkpoint", "patches", "examples", "tests"):
         lines = len(path.read_text().splitlines())
         if lines > FILE_LINES:
             wrong.append(f"{name_of(path)}: {lines} lines")
@@ -111,7 +118,7 @@ def test_files_and_functions_are_small():
 
 def test_signatures_are_annotated():
     wrong = []
-    for path in python_files(PACKAGE.name, "checkpoint"):
+    for path in python_files(PACKAGE.name, "checkpoint", "patches"):
         for function in functions(path):
             arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
             bare = [argument.arg for argument in arguments if argument.annotation is None and argument.arg not in ("self", "cls")]
@@ -122,12 +129,12 @@ def test_signatures_are_annotated():
 
 def test_no_file_is_called_utils():
     nouns_of_nothing = ("utils", "util", "helpers", "misc")
-    assert not [name_of(path) for path in python_files(PACKAGE.name, "checkpoint", "tests") if path.stem in nouns_of_nothing]
+    assert not [name_of(path) for path in python_files(PACKAGE.name, "checkpoint", "patches", "tests") if path.stem in nouns_of_nothing]
 
 
 def test_no_global_and_no_swallowed_exception():
     wrong = []
-    for path in python_files(PACKAGE.name, "checkpoint"):
+    for path in python_files(PACKAGE.name, "checkpoint", "patches"):
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Global):
                 wrong.append(f"{name_of(path)}:{node.lineno} global")
@@ -153,6 +160,37 @@ def test_devices_are_the_platforms_business():
     assert not [f"{name_of(path)}:{line} {chain}" for path in files for chain, line in attribute_chains(path) if devices.match(chain)]
 
 
+def imported_names(path: Path) -> dict[str, str]:
+    """What each name of a file that comes from an import means: {"np": "numpy", "LLM": "vllm.LLM"}."""
+    names = {}
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            tops = {alias.name.split(".")[0] for alias in node.names if not alias.asname}
+            names |= {top: top for top in tops} | {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def replaced_attributes(path: Path) -> Iterator[str]:
+    """`torch.compile` for an assignment to it, whatever `torch` is called in the file."""
+    names = imported_names(path)
+    for node in ast.walk(tree_of(path)):
+        chain = ast.unparse(node) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) else ""
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            chain = f"{ast.unparse(node.args[0])}.*"
+        first, _, rest = chain.partition(".")
+        if first in names and not names[first].startswith(PACKAGE.name):
+            yield f"{names[first]}.{rest}"
+
+
+def test_other_packages_are_changed_in_patches_alone():
+    files = [path for path in python_files(PACKAGE.name, "checkpoint") if "platforms" not in path.parts]
+    wrong = {(name_of(path), name) for path in files for name in replaced_attributes(path)} - MAY_REPLACE
+    assert not wrong
+    assert "torch.distributed.all_gather" in set(replaced_attributes(REPOSITORY / "patches" / "torch_uneven_collectives.py"))
+
+
 def test_the_environment_is_read_in_one_place():
     uses = {(name_of(path), chain) for path in python_files(PACKAGE.name) for chain, _ in attribute_chains(path)}
     readers = {name for name, chain in uses if chain in ("os.environ", "os.getenv")}
@@ -161,6 +199,7 @@ def test_the_environment_is_read_in_one_place():
 
 def schema_keys() -> list[str]:
     sections = {"megatron_training": MegatronConfig, "rl_config": RLConfig, "generate_config": GenerateConfig, "eval": EvalConfig}
+    sections |= {"profiler_config": ProfilerConfig}
     return [key for section, model in sections.items() for key in keys_below(section, model)]
 
 
@@ -180,7 +219,7 @@ def test_a_new_key_is_a_decision():
 
 
 def test_every_key_says_what_it_is():
-    for model in (MegatronConfig, RLConfig, GenerateConfig, EvalConfig, Config):
+    for model in (MegatronConfig, RLConfig, GenerateConfig, EvalConfig, Integrated, Config):
         for name, field in model.model_fields.items():
             nested = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
             assert field.description or nested, f"{model.__name__}.{name}"

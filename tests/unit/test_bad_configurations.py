@@ -145,6 +145,17 @@ RULES = {
         "rl_config.actor_resource.num_npus (1) must be a multiple of actor_config's tensor x pipeline x context parallel sizes "
         "(2 x 1 x 1 = 2); num_npus 2 would do, or sizes whose product is 1"
     ),
+    "generate_config.infer_expert_parallel_size=2": (
+        "generate_config.infer_expert_parallel_size (2) needs generate_config.enable_expert_parallel (true), which is false; set it to "
+        "true, or infer_expert_parallel_size to 1"
+    ),
+    "generate_config.enable_expert_parallel=true generate_config.infer_expert_parallel_size=3": (
+        "rl_config.actor_resource.num_npus (1) must be a multiple of generate_config.infer_tensor_parallel_size (1) x "
+        "generate_config.infer_expert_parallel_size (3) = 3; change one of them"
+    ),
+    "generate_config.infer_tensor_parallel_size=2": (
+        "rl_config.actor_resource.num_npus (1) must be a multiple of generate_config.infer_tensor_parallel_size (2); change one of them"
+    ),
     "actor_config.sequence_parallel=true": (
         "actor_config.sequence_parallel (true) needs actor_config.tensor_model_parallel_size > 1, which is 1; set sequence_parallel to "
         "false"
@@ -222,7 +233,7 @@ AGAINST_FILES = {
         "(4096) of {model}/config.json; lower it"
     ),
     "generate_config.kv_cache_bytes=1000": (
-        "generate_config.kv_cache_bytes (1000) must be >= 131072, the keys and values of one sequence of 72 tokens (max_model_len); raise "
+        "generate_config.kv_cache_bytes (1000) must be >= 262144, the keys and values of one sequence of 72 tokens (max_model_len); raise "
         "it"
     ),
     "megatron_training.min_pixels=1 megatron_training.max_pixels=783": (

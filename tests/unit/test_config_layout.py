@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from checkpoint.training_yaml import check_training_yaml
 from mindspeed_mm_rl.config.derive import make_plan
 from mindspeed_mm_rl.config.load import load_config
 from mindspeed_mm_rl.config.plan import Plan
+from mindspeed_mm_rl.models.placement import Layout
 from tests.unit.test_config_load import write
 from tests.unit.test_config_plan import BASE
 
@@ -110,6 +112,12 @@ def test_switches_of_a_layout_reach_the_plan(tmp_path):
     assert (plan.optimizer.overlap_grad_reduce, plan.optimizer.overlap_param_gather) == (True, True)
     of_model_file = plan_of(tmp_path, DENSE, 1, "", "model={text_decoder: {recompute_granularity: selective}}").train
     assert of_model_file.recompute == "selective"
+
+
+def test_experts_of_the_rollout_engine_are_dealt_out_over_tensor_parallel_groups(tmp_path):
+    given = ["enable_expert_parallel=true", "infer_tensor_parallel_size=4", "infer_expert_parallel_size=8"]
+    plan = plan_of(tmp_path, MIXTURE, 128, "", *(f"generate_config.{key}" for key in given)).rollout
+    assert (plan.expert_parallel, plan.tensor_parallel_size, plan.data_parallel_size, plan.num_ranks) == (True, 4, 8, 32)
 
 
 def test_the_critic_has_a_layout_of_its_own(tmp_path):
@@ -249,6 +257,20 @@ def test_a_split_of_the_model_file_that_does_not_fit(tmp_path, split, keys, sent
     with pytest.raises(ValueError) as error:
         plan_of(tmp_path, DENSE, 4, keys, f"model={{text_decoder: {{pipeline_num_layers: {split}}}}}")
     assert str(error.value).startswith("model: text_decoder.pipeline_num_layers [") and sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("split", "stages"), [([28], None), ([[28]], None), ([16, 12], ((16, 12),)), ([[28, 0]], ((28, 0),))])
+def test_all_layers_in_one_stage_of_the_model_file_leave_the_split_to_the_sizes_of_training_and_conversion(tmp_path, split, stages):
+    """stages: those that a conversion to two pipeline ranks must have."""
+    (tmp_path / "model.json").write_text(json.dumps({"text_decoder": {"pipeline_num_layers": split}}))
+    yaml = tmp_path / "training.yaml"
+    yaml.write_text("model: model.json\nactor_config: {pipeline_model_parallel_size: 2}\n")
+    check_training_yaml(yaml, Layout(text=stages or ((14, 14),)), "actor_config", vision_alone=False)
+    if stages is not None:
+        with pytest.raises(ValueError, match=r"pipeline_num_layers of its model is .*, but the conversion has"):
+            check_training_yaml(yaml, Layout(text=((14, 14),)), "actor_config", vision_alone=False)
+    elif split == [28]:
+        assert plan_of(tmp_path, DENSE, 2, f"{PP}=2", "model={text_decoder: {pipeline_num_layers: [28]}}").train.pipeline_layers == ()
 
 
 def test_virtual_stages_need_to_know_the_layers(tmp_path):

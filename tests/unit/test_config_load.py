@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mindspeed_mm_rl.config import known_keys
-from mindspeed_mm_rl.config.load import load_config, read_runtime_env
+from mindspeed_mm_rl.config.load import load_config
 from mindspeed_mm_rl.config.schema import GenerateConfig, MegatronConfig, RLConfig
 from mindspeed_mm_rl.config.spellings import SPELLINGS
 
@@ -219,8 +219,8 @@ MISTAKES = [
     ("megatron_training: {attention_dropout: 0.1}", "without dropout"),
     ("reward_config: {load: x}", "section reward_config isn't offered.*verifier_function"),
     ("model: no/such.json", "model: no/such.json doesn't exist .looked in"),
-    ("profiler_config: {integrated: {profile: true}}", "profile: True isn't offered"),
-    ("profiler_config: {profile: true}", "unknown key profiler_config.profile; did you mean integrated?"),
+    ("profiler_config: {integrated: {stage: actor_generate}}", "integrated.stage.0: 'actor_generate' isn't allowed; it must be 'actor_compute_log_prob'"),
+    ("profiler_config: {profile: true}", "unknown key profiler_config.profile; did you mean profiler_config.integrated.profile?"),
     ("actor_config: {lr: .inf}", "actor_config.lr: inf isn't allowed; it must be a finite number"),
     ("rl_config: {verifier_weight: [.nan]}", "rl_config.verifier_weight.0: nan isn't allowed; it must be a finite number"),
     ("megatron_training: {seed: -1}", "megatron_training.seed: -1 isn't allowed; it must be greater than or equal to 0"),
@@ -282,14 +282,6 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
 def test_yaml_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match="can't be read as YAML"):
         load_config(write(tmp_path, "rl_config: !!python/object/apply:os.getcwd []"))
-
-
-def test_runtime_env(tmp_path):
-    write(tmp_path, "env_vars:\n  VLLM_DP_SIZE: '1'\n  A_NUMBER: 5\n  A_SWITCH: true\n", "env.yaml")
-    assert read_runtime_env("env.yaml", str(tmp_path)) == (("A_NUMBER", "5"), ("A_SWITCH", "true"), ("VLLM_DP_SIZE", "1"))
-    write(tmp_path, "env_vars: [a]\n", "list.yaml")
-    with pytest.raises(ValueError, match="env_vars must be a map"):
-        read_runtime_env("list.yaml", str(tmp_path))
 
 
 def test_no_key_is_of_two_kinds():

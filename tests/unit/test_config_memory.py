@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mindspeed_mm_rl.config.memory import offload_parts
+from mindspeed_mm_rl.config.memory import offload_parts, weight_carrier
 from mindspeed_mm_rl.config.schema import GenerateConfig
 from tests.unit.test_config_layout import DENSE, PP, plan_of
 
@@ -23,6 +23,15 @@ def test_on_cpu_nothing_leaves_and_that_is_said(tmp_path):
     assert plan.train.offload == ()
     assert any("offload_train_param, offload_train_grad, offload_train_optimizer isn't used: on CPU" in note for note in plan.notes)
     assert not any("offload" in note for note in plan_of(tmp_path, DENSE, 1, "").notes)
+
+
+def test_weights_go_through_the_device_where_they_stay_and_its_memory_can_be_opened():
+    assert weight_carrier(GenerateConfig(), "cuda", {}) == "device"
+    assert weight_carrier(GenerateConfig(offload_train_param=True), "cuda", {}) == "host"
+    assert weight_carrier(GenerateConfig(), "npu", {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}) == "host"
+    assert weight_carrier(GenerateConfig(), "cpu", {}) == "host"
+    assert weight_carrier(GenerateConfig(weight_carrier="host"), "cuda", {}) == "host"
+    assert weight_carrier(GenerateConfig(weight_carrier="device"), "cpu", {}) == "device"
 
 
 FULL = "recompute_granularity=full"

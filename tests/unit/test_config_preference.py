@@ -83,7 +83,10 @@ def test_every_loss_key_is_reachable(tmp_path: Path) -> None:
     keys = {"dpo_loss_type": "robust", "dpo_beta": 0.3, "dpo_label_smoothing": 0.2, "pref_ftx": 0.5, "cache_ref_logprobs": "false"}
     plan = plan_of(tmp_path, *(f"megatron_training.{key}={value}" for key, value in keys.items()), "megatron_training.ref_model=other")
     assert plan.preference == PreferencePlan("robust", 0.3, 0.2, 0.5, 0.5, cache_reference=False)
-    assert plan.train.reference_load == str(Path("other").absolute())
+    assert (plan.train.reference_load, plan.reference_key) == (str(Path("other").absolute()), "megatron_training.ref_model")
+    of_rl_config = "rl_config.integrated_mode_config.ref_model_load_path"
+    in_rl_config = plan_of(tmp_path, f"{of_rl_config}=other", "megatron_training.ref_model=null")
+    assert in_rl_config.reference_key == of_rl_config
     simpo = plan_of(tmp_path, "megatron_training.dpo_loss_type=simpo", "megatron_training.simpo_gamma=1.5")
     assert simpo.preference.simpo_gamma == 1.5 and not simpo.needs_reference
     assert any("ref_model: simpo has no reference" in note for note in simpo.notes)

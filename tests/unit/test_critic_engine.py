@@ -23,6 +23,7 @@ from mindspeed_mm_rl.models.value_weights import check_same_vision, check_value_
 from mindspeed_mm_rl.models.weight_files import read_config, read_megatron_weights
 from mindspeed_mm_rl.models.weight_layout import to_hf
 from mindspeed_mm_rl.types import Batch, ImageInput, Ragged
+from tests.hf_versions import picture_tokens
 from tests.plans import MAX_PIXELS, MIN_PIXELS, optimizer_plan, train_plan
 from tests.tiny import make_tiny_vl
 
@@ -92,9 +93,10 @@ def text_batch() -> Batch:
 @pytest.fixture(scope="module")
 def vl_batch(tiny_vl: Path, images: dict[str, ImageInput]) -> Batch:
     """Two pictures, one picture, none."""
-    token, keys = read_architecture(tiny_vl).image_token_id, list(images)
+    config, keys = read_architecture(tiny_vl).raw, list(images)
+    start, token = config["vision_start_token_id"], config["image_token_id"]
     chosen = [(keys[0], keys[1]), (keys[1],), ()]
-    plain = [[13, token, 20, token, 21], [30, token, 31], [40, 41, 42]]
+    plain = [[13, start, token, 20, start, token, 21], [30, start, token, 31], [40, 41, 42]]
     prompts = [expand_image_tokens(ids, [images[k].grid_thw for k in own], token, 2) for ids, own in zip(plain, chosen, strict=True)]
     return make_batch(prompts, chosen)
 
@@ -116,7 +118,7 @@ def test_values_are_the_scores_of_a_reward_model(make_engine: MakeEngine, tiny_t
     from transformers import AutoModelForSequenceClassification
 
     found = make_engine(tiny_text, load=str(reward_model)).values(text_batch, range(len(text_batch)), {})
-    model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).float().eval()
     with torch.no_grad():
         expected = hf_values(model.model, model.score.weight, text_batch, [{}] * 4)
     assert list(found) == list(text_batch.sample_ids)
@@ -131,10 +133,10 @@ def test_values_of_pictures_equal_those_of_transformers(make_engine: MakeEngine,
     engine = make_engine(tiny_vl)
     assert all(not row.any() for row in engine.values(vl_batch, range(len(vl_batch)), images).values()), "a new head says 0"
     torch.nn.init.normal_(engine.network.weights()[HEAD], std=0.3, generator=torch.Generator().manual_seed(1))
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vl, dtype=torch.float32).eval()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vl).float().eval()
     settings, inputs = read_image_settings(tiny_vl, MIN_PIXELS, MAX_PIXELS), []
     for prompt, response, keys in zip(vl_batch.prompts.rows(), vl_batch.responses.rows(), vl_batch.image_keys, strict=True):
-        extra = {"mm_token_type_ids": (torch.cat([prompt, response])[None] == model.config.image_token_id).int()}
+        extra = picture_tokens(torch.cat([prompt, response])[None], model.config.image_token_id)
         if keys:
             pixels, grids = pixel_values([images[key] for key in keys], settings)
             extra |= {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
@@ -153,7 +155,7 @@ def test_one_update_equals_the_same_in_plain_transformers(
 
     engine = make_engine(tiny_text, load=str(reward_model))
     metrics = engine.update(request(text_batch), {}, LOSS)
-    model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).float().eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     values = torch.cat(hf_values(model.model, model.score.weight, text_batch, [{}] * 4))
     old, returns, mask = (column.values for column in (text_batch.values, text_batch.returns, text_batch.loss_mask))

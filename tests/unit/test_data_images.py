@@ -41,7 +41,7 @@ def processor(tmp_path_factory):
     import mindspeed_mm_rl  # noqa: F401 - makes torchvision importable beside a CPU torch
 
     folder = make_hf_folder(tmp_path_factory.mktemp("hf"))
-    return AutoImageProcessor.from_pretrained(folder, min_pixels=SETTINGS.min_pixels, max_pixels=SETTINGS.max_pixels)
+    return AutoImageProcessor.from_pretrained(folder, min_pixels=SETTINGS.min_pixels, max_pixels=SETTINGS.max_pixels, use_fast=True)
 
 
 def test_resized_size_by_hand():

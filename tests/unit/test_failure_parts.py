@@ -55,10 +55,23 @@ def test_a_crash_is_told_from_a_kill_by_what_the_worker_wrote(member: Member, tm
             "out of memory: Ray ended it because its machine had little memory left; "
             "lower generate_config.max_num_seqs or generate_config.kv_cache_bytes",
         ),
+        (
+            "The actor died because its node has died. Node Id: 65\n\tthe actor's node was terminated expectedly: received SIGTERM",
+            "its machine left the run: Ray on it was told to end",
+        ),
+        (
+            "The actor died because its node has died. Node Id: 65\n\tthe actor's node was terminated unexpectedly: health check failed",
+            "its machine is gone, or Ray on it",
+        ),
     ],
 )
 def test_the_cause_of_a_death(member: Member, said: str, cause: str) -> None:
     assert str(failure.died(member, "weight push", RuntimeError(said))).endswith(f"died in weight push: {cause}")
+
+
+def test_a_worker_whose_machine_is_gone_is_not_replaced(member: Member) -> None:
+    assert isinstance(failure.died(member, "rollout", RuntimeError(KILLED)), failure.WorkerDied)
+    assert not isinstance(failure.died(member, "rollout", RuntimeError("because its node has died")), failure.WorkerDied)
 
 
 def test_the_kernel_killing_for_memory_is_told(member: Member) -> None:

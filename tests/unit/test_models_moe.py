@@ -57,7 +57,7 @@ def test_which_layers_have_experts_is_counted_over_the_whole_model(one_rank, tmp
     make_tiny_text(tmp_path, family="qwen3_moe", more={"mlp_only_layers": [0, 3]}, **SMALL | {"layers": 4})
     text = read_architecture(tmp_path).text
     kinds = [spec.submodules.mlp.module.__name__ for spec in layer_specs(text, ModelOptions(), range(2, 4))]
-    assert kinds == ["ExpertLayer", "MLP"]
+    assert kinds == ["ExpertLayer", "GatedMLP"]
 
 
 EXPERTS = Experts(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.weight_layout import to_megatron
 from mindspeed_mm_rl.types import GridTHW
+from tests.hf_versions import features_of, picture_tokens
 
 GRIDS: tuple[GridTHW, ...] = ((1, 4, 6), (1, 12, 10), (1, 8, 8))
 """Patches: within one window of 4 x 4, over cut windows, over whole windows."""
@@ -41,7 +42,7 @@ def policy(one_rank, tiny_vl: Path):
 
 @pytest.fixture(scope="module")
 def hf(tiny_vl: Path) -> transformers.PreTrainedModel:
-    return transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vl, dtype=torch.float32).eval()
+    return transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vl).float().eval()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def packed_hidden(policy, rows: list[Row], features: torch.Tensor | None) -> tor
 
 def hf_inputs(row: Row, pixels: torch.Tensor, image_token_id: int) -> dict[str, torch.Tensor]:
     ids = torch.tensor(row.tokens)[None]
-    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == image_token_id).int()}
+    inputs = {"input_ids": ids} | picture_tokens(ids, image_token_id)
     return inputs | ({"pixel_values": pixels, "image_grid_thw": torch.tensor(row.grids)} if row.grids else {})
 
 
@@ -91,7 +92,7 @@ def hf_logits(hf: transformers.PreTrainedModel, rows: list[Row], pixels: torch.T
 
 def test_image_features_equal_hugging_face(policy, hf, rows, pixels):
     with torch.no_grad():
-        expected = hf.model.visual(pixels, grid_thw=torch.tensor(grids_of(rows))).pooler_output
+        expected = features_of(hf.model.visual(pixels, grid_thw=torch.tensor(grids_of(rows))))
     features = policy.encode_images(pixels, grids_of(rows))
     assert features.shape == expected.shape == (6 + 30 + 16, 128)
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
@@ -101,7 +102,7 @@ def test_frames_of_a_clip_attend_apart(policy, hf):
     grid = (2, 8, 12)
     clip = torch.randn(192, 1176, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = hf.model.visual(clip, grid_thw=torch.tensor([grid])).pooler_output
+        expected = features_of(hf.model.visual(clip, grid_thw=torch.tensor([grid])))
     torch.testing.assert_close(policy.encode_images(clip, [grid]), expected, atol=1e-5, rtol=0)
 
 
@@ -193,7 +194,7 @@ def test_bfloat16_stays_near_float32(one_rank, tiny_vl, policy, rows, pixels):
 
 def test_text_only_tied_model_equals_hugging_face(one_rank, tiny_text):
     policy = load_policy(tiny_text)
-    hf = transformers.Qwen2ForCausalLM.from_pretrained(tiny_text, dtype=torch.float32).eval()
+    hf = transformers.Qwen2ForCausalLM.from_pretrained(tiny_text).float().eval()
     rows = [Row([*range(20, 20 + length)], ()) for length in (5, 17, 9)]
     with torch.no_grad():
         logits = policy.logits(packed_hidden(policy, rows, None))

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLRotaryEmbedding
 
 from mindspeed_mm_rl.models.families import Architecture, read_architecture
-from mindspeed_mm_rl.models.rope import apply_rotary, mrope_positions, rotary
+from mindspeed_mm_rl.models.rope import mrope_positions, rotary
+from mindspeed_mm_rl.platforms import device
 from mindspeed_mm_rl.types import GridTHW
+from tests.hf_versions import needs_5, picture_tokens
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +44,17 @@ def test_positions_by_hand(architecture: Architecture):
 
 
 @pytest.mark.parametrize(
-    "parts", [(7,), (3, (1, 4, 6), 5), ((1, 8, 8), 2, (1, 2, 12), (1, 10, 4), 4), (1, (3, 4, 4), 2)], ids=["text", "one", "three", "clip"]
+    "parts",
+    [(7,), (3, (1, 4, 6), 5), ((1, 8, 8), 2, (1, 2, 12), (1, 10, 4), 4), pytest.param((1, (3, 4, 4), 2), marks=needs_5("no clips as pictures"))],
+    ids=["text", "one", "three", "clip"],
 )
 def test_positions_equal_hugging_face(architecture: Architecture, tiny_vl: Path, parts: tuple):
     grids = [part for part in parts if isinstance(part, tuple)]
     ids = torch.tensor(tokens(architecture, *parts))
     with torch.device("meta"):
         model = Qwen2_5_VLModel(transformers.AutoConfig.from_pretrained(tiny_vl))
-    kinds = (ids == architecture.image_token_id).int()[None]
-    expected, _ = model.get_rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=torch.tensor(grids) if grids else None)
+    kinds = picture_tokens(ids[None], architecture.image_token_id)
+    expected, _ = model.get_rope_index(ids[None], **kinds, image_grid_thw=torch.tensor(grids) if grids else None)
     assert torch.equal(mrope_positions(ids, grids, architecture), expected[:, 0])
 
 
@@ -73,14 +77,17 @@ def test_text_model_refuses_pictures(tiny_text: Path):
         mrope_positions([1, 2, 3], [(1, 4, 4)], read_architecture(tiny_text))
 
 
+@needs_5("the rotation is part of its attention")
 def test_rotation_equals_hugging_face(architecture: Architecture, tiny_vl: Path):
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+
     ids = tokens(architecture, 3, (1, 8, 6), 40)
     positions = mrope_positions(ids, [(1, 8, 6)], architecture)
     config = transformers.AutoConfig.from_pretrained(tiny_vl).text_config
     query = torch.randn(len(ids), 4, 32, generator=torch.Generator().manual_seed(0))
     expected_cos, expected_sin = Qwen2_5_VLRotaryEmbedding(config)(query, positions[:, None])
     expected, _ = apply_rotary_pos_emb(query[None], query[None], expected_cos, expected_sin, unsqueeze_dim=2)
-    torch.testing.assert_close(apply_rotary(query, *rotary(positions, architecture.text)), expected[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(device.rope(query, *rotary(positions, architecture.text)), expected[0], atol=1e-6, rtol=0)
 
 
 def test_rotation_gradient_is_that_of_the_written_out_formula(architecture: Architecture):
@@ -89,7 +96,7 @@ def test_rotation_gradient_is_that_of_the_written_out_formula(architecture: Arch
     ours = torch.randn(5, 2, 32, generator=generator, requires_grad=True)
     theirs = ours.detach().clone().requires_grad_()
     weight = torch.randn(5, 2, 32, generator=generator)
-    (apply_rotary(ours, cos, sin) * weight).sum().backward()
+    (device.rope(ours, cos, sin) * weight).sum().backward()
     first, second = theirs.split(16, dim=-1)
     (weight * (theirs * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None])).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=0)

@@ -16,12 +16,15 @@ from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.rope import rotary
 from mindspeed_mm_rl.models.rope_scaling import LinearScaling
 from mindspeed_mm_rl.models.weight_layout import to_hf, to_megatron
+from tests.hf_versions import needs_5
 from tests.parity import hf_logits, packed_logits
 from tests.tiny import make_tiny_text
 
 CONTEXT = 32
 """Tokens that the stretched models were "pretrained" on; LENGTHS go beyond."""
 LENGTHS = (5, 90, 1, 33)
+LONGER = {"max_position_embeddings": 4 * CONTEXT}
+"""transformers 4 takes YaRN's factor from here."""
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT, "rope_theta": 100.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -33,13 +36,14 @@ LLAMA3 = {
 }
 SMALL = {"hidden": 48, "intermediate": 96, "heads": 3, "kv_heads": 1, "weight_std": 0.15}
 MODELS = {
-    "qwen2_untied_yarn": {"family": "qwen2", "rope": YARN, **SMALL},
+    "qwen2_untied_yarn": {"family": "qwen2", "rope": YARN, "more": LONGER, **SMALL},
     "qwen3_untied": {"family": "qwen3", "head_dim": 32, "hidden": 48, "intermediate": 96, "weight_std": 0.15},
     "qwen3_tied_yarn": {
         "family": "qwen3",
         "head_dim": 32,
         "tied": True,
         "rope": YARN,
+        "more": LONGER,
         "hidden": 48,
         "intermediate": 96,
         "weight_std": 0.15,
@@ -57,7 +61,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def hf(folder: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +215,15 @@ def test_what_would_be_another_network_is_refused(tmp_path: Path, change: dict, 
     "rope",
     [
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
-        {"type": "yarn", "factor": 40.0, "beta_fast": 16, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
-        {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.5, "original_max_position_embeddings": 64},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
+        pytest.param(
+            {"type": "yarn", "factor": 40.0, "beta_fast": 16, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
+            marks=needs_5("always truncates"),
+        ),
+        {"rope_type": "yarn", "factor": 128.0, "attention_factor": 1.5, "original_max_position_embeddings": 64},
+        pytest.param(
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
+            marks=needs_5("has rope_theta outside of rope_scaling"),
+        ),
         {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 2048},
         {"type": "linear", "factor": 2.5},
     ],

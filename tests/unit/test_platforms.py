@@ -16,7 +16,7 @@ from mindspeed_mm_rl.platforms import compat, device, env
 def test_rotary_buffers_of_hugging_face_are_right_beside_megatron(one_rank, tiny_vl: Path):
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vl)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".inv_freq")}
-    assert len(buffers) == 2
+    assert len(buffers) >= 2
     for name, buffer in buffers.items():
         # Head size 32 both times; the vision encoder turns half of it by each of its two axes.
         half = 8 if "visual" in name else 16

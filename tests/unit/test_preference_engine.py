@@ -78,7 +78,7 @@ def test_log_probs_are_those_of_the_plain_model(make_engine: MakeEngine, pairs: 
     """Neither divided by a temperature nor with tokens taken out."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_text, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_text).float()
     found = make_engine().logprobs(pairs, range(len(pairs)), {})
     for sample_id, prompt, response in zip(pairs.sample_ids, pairs.prompts.rows(), pairs.responses.rows(), strict=True):
         with torch.no_grad():

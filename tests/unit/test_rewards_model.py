@@ -25,11 +25,11 @@ def classifier(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def direct(folder: Path) -> list[float]:
     """One conversation at a time, without padding."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).float().eval()
     conversations = [[*MESSAGES, {"role": "assistant", "content": response}] for response in RESPONSES]
     texts = [tokenizer.apply_chat_template(conversation, tokenize=False) for conversation in conversations]
     with torch.no_grad():
-        return [model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits.item() for text in texts]
+        return [model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).logits.item() for text in texts]
 
 
 def test_batches_score_as_transformers_does_one_by_one(classifier):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,44 @@ def test_a_size_that_does_not_fit_the_model_is_refused_with_those_that_would_do(
 @pytest.mark.parametrize("size", [1, 2, 4, 12])
 def test_key_value_heads_are_shared_out_or_repeated(size: int, tmp_path: Path):
     check_model(rollout_plan(tmp_path, tensor_parallel_size=size), TEXT | {"vision_config": VISION}, on_cpu=True)
+
+
+MIXTURE = TEXT | {"num_experts": 12, "moe_intermediate_size": 7}
+
+
+@pytest.mark.parametrize(("tensor", "groups"), [(1, 1), (4, 1), (1, 12), (4, 3), (2, 2)])
+def test_whole_experts_are_dealt_out_whatever_their_width(tensor: int, groups: int, tmp_path: Path):
+    plan = rollout_plan(tmp_path, tensor_parallel_size=tensor, data_parallel_size=groups, expert_parallel=True)
+    check_model(plan, MIXTURE, on_cpu=True)
+    assert plan.num_ranks == tensor * groups
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (
+            MIXTURE,
+            "generate_config.infer_tensor_parallel_size (4) x generate_config.infer_expert_parallel_size (2) = 8 must divide the 12 "
+            "experts of {hf}/config.json while generate_config.enable_expert_parallel is true; a product of 1, 2, 3, 4, 6 or 12 would do",
+        ),
+        (TEXT, "generate_config.enable_expert_parallel (true) needs a mixture of experts, which {hf}/config.json isn't; set it to false"),
+    ],
+)
+def test_experts_that_cannot_be_dealt_out_evenly_are_refused(config: dict[str, Any], sentence: str, tmp_path: Path):
+    plan = rollout_plan(tmp_path, tensor_parallel_size=4, data_parallel_size=2, expert_parallel=True)
+    with pytest.raises(ValueError) as error:
+        check_model(plan, config, on_cpu=True)
+    assert str(error.value) == sentence.format(hf=tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_latent_attention_keeps_one_small_vector_per_token_on_every_rank(size: int, tmp_path: Path):
+    """3 layers x (16 + 8 numbers) x 4 bytes for the 256 tokens of max_model_len and an empty block of 128."""
+    latent = TEXT | {"num_hidden_layers": 3, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "head_dim": 32, "num_key_value_heads": 12}
+    fits, bytes_needed = rollout_plan(tmp_path, tensor_parallel_size=size), 3 * (16 + 8) * 4 * (256 + 128)
+    check_model(replace(fits, kv_cache_bytes=bytes_needed), latent, on_cpu=True)
+    with pytest.raises(ValueError, match=rf"kv_cache_bytes \({bytes_needed - 1}\) must be >= {bytes_needed}"):
+        check_model(replace(fits, kv_cache_bytes=bytes_needed - 1), latent, on_cpu=True)
 
 
 def test_a_rank_of_a_replica_is_called_by_both_numbers():

@@ -38,7 +38,7 @@ class Evil:
 
 def make_save(folder: Path, **objects: object) -> Path:
     """A torch_dist folder as megatron's: tensors and objects in shards, the common part beside them."""
-    distributed_checkpoint.save({"model.text_decoder.w": torch.ones(3), **objects}, checkpoint_id=folder, no_dist=True)
+    distributed_checkpoint.save({"model.text_decoder.w": torch.ones(3), **objects}, checkpoint_id=folder)
     torch.save({"rng": {"seed": 7}, "optimizer": {"betas": (0.9, 0.95)}}, folder / "common.pt")
     return folder
 
@@ -66,7 +66,7 @@ def run_common(folder: Path) -> None:
 
 
 def run_shard(folder: Path) -> None:
-    distributed_checkpoint.load({"extra_state": None}, checkpoint_id=folder, no_dist=True)
+    distributed_checkpoint.load({"extra_state": None}, checkpoint_id=folder)
 
 
 @pytest.mark.parametrize(

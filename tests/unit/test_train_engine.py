@@ -17,6 +17,7 @@ from mindspeed_mm_rl.data.images import pixel_values, prepare, read_image_settin
 from mindspeed_mm_rl.engines.base import UpdateRequest
 from mindspeed_mm_rl.types import Batch, ImageInput, Ragged
 from mindspeed_mm_rl.weights.host import open_views
+from tests.hf_versions import picture_tokens
 from tests.pictures import batch_of
 from tests.plans import MAX_PIXELS, MIN_PIXELS, optimizer_plan, train_plan
 from tests.tiny import make_tiny_vl
@@ -110,7 +111,7 @@ def _update_in_transformers(folder: Path, batch: Batch, images: dict) -> tuple[f
 
     from mindspeed_mm_rl.models.names import canonical_hf_name
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).float().eval()
     settings = read_image_settings(folder, MIN_PIXELS, MAX_PIXELS)
     trained = [p.requires_grad_("visual" not in name) for name, p in model.named_parameters()]
     optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
@@ -124,7 +125,7 @@ def _update_in_transformers(folder: Path, batch: Batch, images: dict) -> tuple[f
     for row in range(len(batch)):
         prompt, response = batch.prompts.rows()[row], batch.responses.rows()[row]
         ids = torch.cat([prompt, response])[None]
-        inputs = {"mm_token_type_ids": (ids == model.config.image_token_id).int()}
+        inputs = picture_tokens(ids, model.config.image_token_id)
         if batch.image_keys[row]:
             pixels, grids = pixel_values([images[key] for key in batch.image_keys[row]], settings)
             inputs |= {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
@@ -229,6 +230,7 @@ def test_reference_logprobs_stay_those_of_the_start(make_engine: MakeEngine, bat
 
 def test_a_reference_with_another_frozen_vision_encoder_is_refused(make_engine: MakeEngine, tmp_path: Path) -> None:
     other = make_tiny_vl(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"vision encoder is frozen, but image_encoder\.\S+ of the reference .*other.* differs"):
-        make_engine(with_reference=True, reference_load=str(other))
+    wrong = r"vision encoder is frozen, but image_encoder\.\S+ of the reference .*other, megatron_training\.ref_model\) differs"
+    with pytest.raises(ValueError, match=wrong):
+        make_engine(with_reference=True, reference_load=str(other), reference_key="megatron_training.ref_model")
     make_engine(with_reference=True, reference_load=str(other), freeze_projector=False)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import pickle
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from mindspeed_mm_rl.platforms.shared_memory import IpcHandle, open_allocated
+from mindspeed_mm_rl.weights.device import chunks_of
 from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle, joined, open_views
 from tests.host_weights import fill, new_buffer
 
@@ -79,3 +83,30 @@ def test_a_name_that_comes_twice_and_an_empty_buffer_are_refused() -> None:
         HostBuffer([("a", (1,), torch.float32), ("a", (1,), torch.float32)])
     with pytest.raises(ValueError, match="there is nothing to publish"):
         HostBuffer([])
+
+
+def test_torch_finds_every_field_of_an_ipc_handle_in_its_place() -> None:
+    names = list(inspect.signature(rebuild_cuda_tensor).parameters)
+    handle = IpcHandle(0, b"memory", 4096, 512, b"counter", 64, b"event", True)
+    asked = open_allocated(handle, lambda *arguments: dict(zip(names, arguments, strict=True)))
+    assert {name: asked[name] for name in names[names.index("storage_device") :]} == {
+        "storage_device": 0,
+        "storage_handle": b"memory",
+        "storage_size_bytes": 4096,
+        "storage_offset_bytes": 512,
+        "requires_grad": False,
+        "ref_counter_handle": b"counter",
+        "ref_counter_offset": 64,
+        "event_handle": b"event",
+        "event_sync_required": True,
+    }
+    assert (asked["tensor_size"], asked["tensor_stride"], asked["tensor_offset"], asked["dtype"]) == ((4096,), (1,), 0, torch.uint8)
+
+
+def test_chunks_hold_whole_tensors_up_to_their_size_and_a_larger_one_alone() -> None:
+    """Each place is a multiple of 64 bytes."""
+    lengths = {"a": 60, "b": 64, "c": 1, "d": 300, "e": 64, "f": 64, "g": 1}
+    chunks = chunks_of(((name, (length,), torch.uint8) for name, length in lengths.items()), max_bytes=128)
+    assert [[(slot.name, slot.offset) for slot in chunk] for chunk in chunks] == [
+        [("a", 0), ("b", 64)], [("c", 0)], [("d", 0)], [("e", 0), ("f", 64)], [("g", 0)]
+    ]  # fmt: skip

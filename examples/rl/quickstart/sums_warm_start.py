@@ -71,7 +71,7 @@ def warm_start(random_model: Path, data: Path, out: Path, seed: int) -> None:
     """Trains the checkpoint `random_model` on `data`/train.jsonl until it answers STOP of `data`/test.jsonl."""
     torch.manual_seed(seed)
     problems, held_out = (Sums(random_model, data / f"{split}.jsonl") for split in ("train", "test"))
-    model = Qwen2ForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    model = Qwen2ForCausalLM.from_pretrained(random_model).float()
     loss = partial(solution_loss, model, problems, random.Random(seed), SLIPS)
     train(model, loss, partial(accuracy, model, held_out), Stage("warm start", stop=STOP, steps=3000, first_look=150, look_every=10))
     save(model, random_model, out)

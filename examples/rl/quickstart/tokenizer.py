@@ -52,7 +52,7 @@ def learn_tokenizer(
     tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
     tokenizer.add_tokens([f"<|unused_{i}|>" for i in range(vocabulary - tokenizer.get_vocab_size())])
     extra = [token for token in special if token != PADDING]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING, extra_special_tokens=extra)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING, additional_special_tokens=extra)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

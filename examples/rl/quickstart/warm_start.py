@@ -93,7 +93,7 @@ def learn(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures, held_ou
 
 def with_frozen_sight(folder: Path, seeing: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForConditionalGeneration:
     """The checkpoint's fresh language model behind the vision encoder and projector of `seeing`."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).float()
     model.model.visual.load_state_dict(seeing.model.visual.state_dict())
     model.model.visual.requires_grad_(False)
     return model
@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     pictures, held_out = (Pictures(args.model, read_questions(args.data / f"{split}.parquet")) for split in ("train", "test"))
-    seeing = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
+    seeing = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.model).float()
     learn(seeing, pictures, held_out, 0.0, Stage("sight", stop=args.sight, steps=800, first_look=150, look_every=10))
     model = with_frozen_sight(args.model, seeing)
     learn(model, pictures, held_out, args.unsure, Stage("start", stop=args.stop, steps=800, first_look=60, look_every=2))

@@ -12,21 +12,21 @@ from mindspeed_mm_rl.config.plan import TrainPlan
 from mindspeed_mm_rl.engines.base import PolicyLoss, UpdateRequest
 from mindspeed_mm_rl.engines.megatron import process_groups
 from mindspeed_mm_rl.engines.megatron.micro_batch import MicroBatch
-from mindspeed_mm_rl.engines.megatron.network import NetworkEngine, new_networks
+from mindspeed_mm_rl.engines.megatron.network import new_networks
 from mindspeed_mm_rl.engines.megatron.optimizer import ready_gradients
+from mindspeed_mm_rl.engines.megatron.publishing import PublishingEngine
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.heads import token_logprobs
-from mindspeed_mm_rl.models.names import PARTS
+from mindspeed_mm_rl.models.names import PARTS, Entry
+from mindspeed_mm_rl.models.placement import Piece
 from mindspeed_mm_rl.models.qwen2_5_vl import Policy
 from mindspeed_mm_rl.models.rank_pieces import chunk_pieces, grid_entries, read_pieces
 from mindspeed_mm_rl.models.weight_sources import source_of
 from mindspeed_mm_rl.platforms import device
 from mindspeed_mm_rl.types import Batch, ImageFeatures, ImageInput, Images, LossInput
-from mindspeed_mm_rl.weights.host import WeightHandle
-from mindspeed_mm_rl.weights.push import WeightPush, Weights
 
 
-class MegatronTrainEngine(NetworkEngine):
+class MegatronTrainEngine(PublishingEngine):
     def __init__(self, plan: TrainPlan, with_reference: bool, entropy_bonus: bool, publish_vision: bool) -> None:
         """Needs process_groups.initialize first. publish_vision: whether the rollout engine runs a vision encoder of its own."""
         super().__init__(plan, _new_policies(plan, plan.load))
@@ -35,7 +35,6 @@ class MegatronTrainEngine(NetworkEngine):
             self._check_shared_vision(self.references[0])
         self.entropy_bonus = entropy_bonus
         self.publish_vision = publish_vision
-        self.push: WeightPush | None = None
 
     def _check_shared_vision(self, reference: Policy) -> None:
         """A frozen vision encoder runs once for policy and reference, so it must be the same in both."""
@@ -43,9 +42,9 @@ class MegatronTrainEngine(NetworkEngine):
         for name, parameter in self.networks[0].weights().items():
             if name.startswith("image_encoder.") and not torch.equal(parameter, others[name]):
                 raise ValueError(
-                    f"the vision encoder is frozen, but {name} of the reference ({self.plan.reference_load}, "
-                    f"rl_config.integrated_mode_config.ref_model_load_path) differs from that of actor_config.load ({self.plan.load}): "
-                    "give a reference with the same vision encoder, or set freeze: false in the model file"
+                    f"the vision encoder is frozen, but {name} of the reference ({self.plan.reference_load}, {self.plan.reference_key}) "
+                    f"differs from that of actor_config.load ({self.plan.load}): give a reference with the same vision "
+                    "encoder, or set freeze: false in the model file"
                 )
 
     def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
@@ -127,20 +126,11 @@ class MegatronTrainEngine(NetworkEngine):
             )
         return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 
-    def publish_weights(self, nodes: Sequence[str] = ()) -> WeightHandle | None:
-        """On all ranks at once; see WeightPush.publish. nodes: of all ranks, () = one for all."""
-        self.state.hold("param")
-        self.whole_parameters()
-        weights = [network.weights() for network in self.networks]
-        self.push = self.push or self._new_push(weights, nodes)
-        return self.push.publish(weights)
-
-    def _new_push(self, weights: Weights, nodes: Sequence[str]) -> WeightPush:
+    def published(self) -> tuple[list[tuple[Piece, ...]], list[Entry]]:
         grid, place = process_groups.grid(self.plan, self.architecture.text.num_layers), process_groups.grid_place()
         parts = PARTS if self.publish_vision else ("text",)
         table = [entry for entry in grid_entries(self.architecture.raw, grid, self.plan.with_vision) if entry.part in parts]
-        pieces = [chunk_pieces(table, grid, place, virtual) for virtual in range(grid.virtual)]
-        return WeightPush(pieces, weights, {n: shape for e in table for n, shape in zip(e.hf, e.hf_shapes, strict=True)}, nodes)
+        return [chunk_pieces(table, grid, place, virtual) for virtual in range(grid.virtual)], table
 
 
 def _new_policies(plan: TrainPlan, weights: str) -> list[Policy]:

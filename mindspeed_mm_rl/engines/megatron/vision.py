@@ -14,18 +14,18 @@ import torch
 from mindspeed_mm_rl.config.plan import TrainPlan
 from mindspeed_mm_rl.engines.megatron import saves
 from mindspeed_mm_rl.engines.megatron.encoding import PictureEncoder, passes
-from mindspeed_mm_rl.engines.megatron.network import NetworkEngine
 from mindspeed_mm_rl.engines.megatron.offload import OffloadedState, network_tensors
 from mindspeed_mm_rl.engines.megatron.optimizer import ready_gradients
 from mindspeed_mm_rl.engines.megatron.process_groups import grid_place
+from mindspeed_mm_rl.engines.megatron.publishing import PublishingEngine
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.gpt import ModelOptions
+from mindspeed_mm_rl.models.names import Entry
+from mindspeed_mm_rl.models.placement import Piece
 from mindspeed_mm_rl.models.rank_pieces import Grid, read_pieces
 from mindspeed_mm_rl.models.vision_tower import VisionTower, vision_entries, vision_pieces
 from mindspeed_mm_rl.models.weight_sources import VISION_PARTS, source_of
 from mindspeed_mm_rl.types import ImageFeatures, ImageInput
-from mindspeed_mm_rl.weights.host import WeightHandle
-from mindspeed_mm_rl.weights.push import WeightPush
 
 
 class FrozenVisionEngine:
@@ -56,14 +56,13 @@ class FrozenVisionEngine:
         """Nothing to do: the weights of the save are those that the engine was built with."""
 
 
-class TrainedVisionEngine(NetworkEngine):
+class TrainedVisionEngine(PublishingEngine):
     """Between two calls nothing is kept of a picture: its activations would take more memory than running it twice takes time."""
 
     def __init__(self, plan: TrainPlan, with_reference: bool) -> None:
         """Needs process_groups.initialize first."""
         super().__init__(plan, [new_tower(plan, plan.load)])
         self.references = [new_tower(plan, plan.reference_load).requires_grad_(False)] if with_reference else []
-        self.push: WeightPush | None = None
 
     def encode(self, images: dict[str, ImageInput]) -> dict[str, ImageFeatures]:
         self.state.hold("param")
@@ -91,17 +90,8 @@ class TrainedVisionEngine(NetworkEngine):
         finalize_model_grads(self.models, None)
         return ready_gradients(self.optimizer)
 
-    def publish_weights(self, nodes: Sequence[str] = ()) -> WeightHandle | None:
-        """On all ranks at once; see WeightPush.publish."""
-        self.state.hold("param")
-        weights = [self.network.weights()]
-        self.push = self.push or self._new_push(weights[0], nodes)
-        return self.push.publish(weights)
-
-    def _new_push(self, weights: dict[str, torch.Tensor], nodes: Sequence[str]) -> WeightPush:
-        pieces = vision_pieces(self.architecture, grid_place().tensor, self.plan.tensor_parallel_size)
-        shapes = {name: shape for e in vision_entries(self.architecture) for name, shape in zip(e.hf, e.hf_shapes, strict=True)}
-        return WeightPush([pieces], [weights], shapes, nodes)
+    def published(self) -> tuple[list[tuple[Piece, ...]], list[Entry]]:
+        return [vision_pieces(self.architecture, grid_place().tensor, self.plan.tensor_parallel_size)], vision_entries(self.architecture)
 
 
 def _summed(parts: Sequence[torch.Tensor]) -> torch.Tensor:

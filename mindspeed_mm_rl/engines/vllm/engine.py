@@ -21,11 +21,12 @@ from vllm.sampling_params import RequestOutputKind
 from mindspeed_mm_rl.config.plan import RolloutPlan
 from mindspeed_mm_rl.engines.vllm import ranks, weights
 from mindspeed_mm_rl.engines.vllm.completeness import check_complete, holds_vision
-from mindspeed_mm_rl.engines.vllm.launching import without_queues
 from mindspeed_mm_rl.engines.vllm.model_class import import_model_class
 from mindspeed_mm_rl.models.families import Architecture, read_architecture
 from mindspeed_mm_rl.models.names import PARTS
+from mindspeed_mm_rl.platforms import device, patching
 from mindspeed_mm_rl.types import BAN_BIAS, ImageFeatures, ImageInput, Images, Rollout, RolloutGroup, RolloutRequest, Sampling
+from mindspeed_mm_rl.weights.device import Arrivals
 from mindspeed_mm_rl.weights.host import WeightHandle
 
 
@@ -33,8 +34,9 @@ class VllmRolloutEngine:
     """Implements engines.base.RolloutEngine inside the calling process, which must have been started with `rollout_env`.
 
     There are no weights until the first `receive_weights`: the folder may hold only configuration, tokenizer and processor.
-    With tensor_parallel_size > 1 it is one of as many ranks (ranks.join comes first): every call must be made on all of them, with equal
-    arguments, and every stream that is read on rank 0 must be read to its end on the others.
+    With RolloutPlan.num_ranks > 1 it is one of as many ranks (ranks.join comes first): every call must be made on all of them, with equal
+    arguments, and every stream that is read on the first rank of a tensor-parallel group must be read to its end on the others. Requests
+    are those of the group; where there are several groups, one may have none.
     """
 
     def __init__(self, plan: RolloutPlan, seed: int) -> None:
@@ -47,8 +49,8 @@ class VllmRolloutEngine:
             # vLLM turns later calls into a warning.
             torch.set_num_threads(plan.threads)
         import_model_class(plan.hf_path)
-        with without_queues():
-            self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture))
+        patching.apply("rollout", device.kind())
+        self._llm: LLM | None = LLM(**_engine_arguments(plan, seed, self._architecture))
         weights.open_receiver(self._llm)
         self._is_asleep = False
         self._seconds: dict[str, float] = {}
@@ -77,7 +79,7 @@ class VllmRolloutEngine:
         seconds, self._seconds = self._seconds, {}
         return seconds
 
-    def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
+    def receive_weights(self, source: WeightHandle | Arrivals, policy_version: int) -> None:
         """Copies the weights and drops every cache that the old ones filled.
 
         A frozen vision tower may stay out of every push but the first; with image_embeds the engine has none and ignores it.
@@ -85,9 +87,9 @@ class VllmRolloutEngine:
         """
         llm = self._awake()
         has_tower = self._architecture.vision is not None and not self._plan.image_embeds
-        needs_tower = has_tower and (self._version is None or holds_vision(handle))
-        check_complete(handle, self._architecture.raw, PARTS if needs_tower else ("text",))
-        weights.receive(llm, handle, policy_version)
+        needs_tower = has_tower and (self._version is None or holds_vision(source))
+        check_complete(source, self._architecture.raw, PARTS if needs_tower else ("text",))
+        weights.receive(llm, source, policy_version)
         self._version = policy_version
 
     def generate(self, requests: list[RolloutRequest], images: Images, sampling: Sampling) -> Iterator[RolloutGroup]:
@@ -100,18 +102,16 @@ class VllmRolloutEngine:
         engine, version, num_samples = llm.llm_engine, self._version, sampling.num_samples
         if version is None:
             raise ValueError("rollout: no weights have been received yet; call receive_weights before generate")
-        prompt_ids = [request.prompt_id for request in requests]
-        if len(set(prompt_ids)) != len(prompt_ids):
-            raise ValueError("rollout: two requests have the same prompt_id, so their samples could not be told apart")
         added: list[str] = []
-        finished: dict[int, list[Rollout]] = {prompt_id: [] for prompt_id in prompt_ids}
+        finished: dict[int, list[Rollout]] = {request.prompt_id: [] for request in requests}
         lengths: dict[int, int] = {}
+        refusal = None
         try:
-            for request in requests:
-                rendered = self._render(request, images)
-                lengths[request.prompt_id] = len(rendered["prompt_token_ids"])
-                for sample_id in range(request.prompt_id * num_samples, (request.prompt_id + 1) * num_samples):
-                    added.append(engine.add_request(str(sample_id), rendered, self._parameters(sample_id, sampling)))
+            try:
+                self._add(requests, images, sampling, added, lengths)
+            except ValueError as error:
+                refusal = error
+            self._pace.agree(refusal)
             while engine.has_unfinished_requests():
                 groups = []
                 for output in engine.step():
@@ -122,13 +122,23 @@ class VllmRolloutEngine:
                     if len(group) == num_samples:
                         samples = tuple(sorted(group, key=lambda sample: sample.sample_id))
                         groups.append(RolloutGroup(prompt_id, lengths[prompt_id], samples))
-                if groups and not (yield from self._pace.kept(groups)):
+                if not (yield from self._pace.kept(groups)):
                     return
             if sampling.stream:
                 # Training goes on as if nobody had asked anything in between.
                 weights.drop_caches(llm)
         finally:
             engine.abort_request(added, internal=True)
+
+    def _add(self, requests: list[RolloutRequest], images: Images, sampling: Sampling, added: list[str], lengths: dict[int, int]) -> None:
+        """Every sample as a request of the engine's. Writes their names, and the tokens of each prompt, into the last two arguments."""
+        if len({request.prompt_id for request in requests}) != len(requests):
+            raise ValueError("rollout: two requests have the same prompt_id, so their samples could not be told apart")
+        for request in requests:
+            rendered = self._render(request, images)
+            lengths[request.prompt_id] = len(rendered["prompt_token_ids"])
+            for sample_id in range(request.prompt_id * sampling.num_samples, (request.prompt_id + 1) * sampling.num_samples):
+                added.append(self._open().llm_engine.add_request(str(sample_id), rendered, self._parameters(sample_id, sampling)))
 
     def close(self) -> None:
         """Gives the engine's memory back; the engine can't be used afterwards."""
@@ -143,7 +153,7 @@ class VllmRolloutEngine:
 
     def _idle(self) -> LLM:
         llm = self._open()
-        if llm.llm_engine.has_unfinished_requests():
+        if llm.llm_engine.get_num_unfinished_requests():
             raise ValueError("rollout: a stream of generate is still open; read it to its end or close it first")
         return llm
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mindspeed_mm_rl.platforms.env import ALLOCATORS
+
 ROLLOUT_ENV = {
     # The engine lives in the worker's own process: requests, weights and aborts are plain calls.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Compiling the log-prob ranks costs seconds at the first request and gains nothing at these sizes.
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    # Users' files set it for another launcher; here the configuration alone says it.
+    "VLLM_DP_SIZE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
     # Idle OpenMP threads that spin slow down the other processes of the machine up to four times.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-
-
-_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
 
 
 def without_segments(variables: Mapping[str, str]) -> dict[str, str]:
@@ -29,7 +30,7 @@ def without_segments(variables: Mapping[str, str]) -> dict[str, str]:
     def kept(value: str) -> str:
         return ",".join(setting for setting in value.split(",") if not setting.strip().startswith("expandable_segments"))
 
-    return {name: kept(value) if name in _ALLOCATORS else value for name, value in variables.items()}
+    return {name: kept(value) if name in ALLOCATORS else value for name, value in variables.items()}
 
 
 def rollout_env(threads: int) -> dict[str, str]:

@@ -1,23 +1,24 @@
-"""The processes of a tensor-parallel rollout engine. Each of them runs the whole of vLLM and its scheduler on the same requests in the same
-order; so they take the same steps, and only the layers meet in collectives.
+"""The processes of a rollout engine. Each of them runs the whole of vLLM and its scheduler; those of a tensor-parallel group on the same
+requests in the same order, so that they take the same steps, and only the layers meet in collectives.
 
     rank 0      step, step, group! --yields it--> reader: more or no more? --said to all--> step, step, ...
     the others  step, step, group! -------------- waits for the word of rank 0 -----------> step, step, ...
+
+Where several such groups share the experts, each has requests of its own, and all meet in every step: they ask each other after each, and
+who has nothing left takes empty steps until all are done.
 """
 
 from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
 
-from mindspeed_mm_rl.engines.vllm.launching import LaunchedRank
 from mindspeed_mm_rl.platforms import compat, device, env
 
 if TYPE_CHECKING:
@@ -35,13 +36,20 @@ def join(store: dist.TCPStore, rank: int, size: int, timeout_seconds: float) -> 
 
 def engine_arguments(plan: RolloutPlan) -> dict[str, Any]:
     """{} for an engine of one process."""
-    if plan.tensor_parallel_size == 1:
+    if plan.num_ranks == 1:
         return {}
     seconds = math.ceil(plan.timeout_seconds)
     # Groups that vLLM makes ignore the bound of the world. Old versions have none to give.
     bounds = compat.supported_arguments(EngineArgs, {"distributed_timeout_seconds": seconds, "cpu_distributed_timeout_seconds": seconds})
-    launcher = LaunchedRank if current_platform.is_cpu() else "external_launcher"
-    return {"tensor_parallel_size": plan.tensor_parallel_size, "distributed_executor_backend": launcher, **bounds}
+    return {
+        "tensor_parallel_size": plan.tensor_parallel_size,
+        "data_parallel_size": plan.data_parallel_size,
+        "enable_expert_parallel": plan.expert_parallel,
+        # With it a rank that has nothing left might take no step where the others wait for one.
+        **({"async_scheduling": False} if plan.data_parallel_size > 1 else {}),
+        "distributed_executor_backend": "external_launcher",
+        **bounds,
+    }
 
 
 class Pace:
@@ -50,22 +58,35 @@ class Pace:
     def __init__(self, plan: RolloutPlan) -> None:
         """All ranks at the same time."""
         timeout = datetime.timedelta(seconds=plan.timeout_seconds)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if plan.tensor_parallel_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if plan.num_ranks > 1 else None
+        self._in_every_step = plan.data_parallel_size > 1
 
-    def kept(self, groups: Iterable[RolloutGroup]) -> Generator[RolloutGroup, None, bool]:
-        """Yields the groups; returns whether rank 0's reader wants more, and raises GeneratorExit where that reader is."""
+    def agree(self, error: ValueError | None) -> None:
+        """Before the first step. Raises the error of the first rank that has one, on all of them: none may step without the others."""
+        errors: list[ValueError | None] = [error]
+        if self._in_every_step:
+            errors = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(errors, error, group=self._group)
+        for found in errors:
+            if found is not None:
+                raise found
+
+    def kept(self, groups: Sequence[RolloutGroup]) -> Generator[RolloutGroup, None, bool]:
+        """After a step: yields its groups; returns whether every reader wants more, and raises GeneratorExit where one does not."""
+        if not groups and not self._in_every_step:
+            return True
         more = False
         try:
             for group in groups:  # noqa: UP028  Ray sends into the generator, which an iterator of a list doesn't take
                 yield group
             more = True
         finally:
-            more = self._word_of_rank_0(more)
+            more = self._wanted_by_all(more)
         return more
 
-    def _word_of_rank_0(self, more: bool) -> bool:
+    def _wanted_by_all(self, more: bool) -> bool:
         if self._group is None:
             return more
         word = torch.tensor([int(more)])
-        dist.broadcast(word, src=0, group=self._group)
+        dist.all_reduce(word, dist.ReduceOp.MIN, group=self._group)
         return bool(word)

@@ -1,6 +1,6 @@
 """New weights into a running vLLM engine by its weight-update API, with a backend of our own.
 
-The only file, beside launching.py, that touches vLLM's private parts.
+The only file, beside patches/vllm_*.py, that touches vLLM's private parts.
 
     start_weight_update -> update_weights (maps the trainer's memory, loads from it) -> finish_weight_update -> caches reset
 """
@@ -17,14 +17,19 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+)
 
 from mindspeed_mm_rl.models.names import canonical_hf_name
-from mindspeed_mm_rl.weights.host import WeightHandle, open_views
+from mindspeed_mm_rl.weights.device import Arrivals
+from mindspeed_mm_rl.weights.host import Views, WeightHandle
 
 LOAD_FORMAT = "mindspeed_mm_rl_awaited"
 """The engine argument `load_format` of an engine whose first weights come by `receive`."""
-_BACKEND = "mindspeed_mm_rl_host"
+_BACKEND = "mindspeed_mm_rl"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _VISION_PREFIXES = ("visual.", "model.visual.")
 
@@ -46,45 +51,51 @@ class AwaitedWeights(BaseModelLoader):
 
 
 @dataclass
-class _HostInit(WeightTransferInitInfo):
+class _Init(WeightTransferInitInfo):
     pass
 
 
 @dataclass
-class _HostUpdate(WeightTransferUpdateInfo):
-    handle: WeightHandle
+class _Update(WeightTransferUpdateInfo):
+    source: WeightHandle | Arrivals
 
 
-class HostWeightEngine(WeightTransferEngine[_HostInit, _HostUpdate]):
-    """Loads what a HostBuffer holds; layers that it doesn't hold keep their weights."""
+class CarriedWeights(WeightTransferEngine[_Init, _Update]):
+    """Loads what either carrier brings; layers of which it brings nothing keep their weights."""
 
-    init_info_cls = _HostInit
-    update_info_cls = _HostUpdate
+    init_info_cls = _Init
+    update_info_cls = _Update
 
-    def init_transfer_engine(self, init_info: _HostInit) -> None:
+    def init_transfer_engine(self, init_info: _Init) -> None:
         pass
 
     def start_weight_update(self) -> None:
-        for module in self.model.modules():
-            quant_method = getattr(module, "quant_method", None)
-            if type(quant_method).__name__ == "UnquantizedFusedMoEMethod":
-                # On CPU the packed experts would silently stay the old ones.
-                quant_method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: _HostUpdate) -> None:
-        self.model.load_weights(self._wanted(update_info.handle))
+    def receive_weights(self, update_info: _Update) -> None:
+        source = update_info.source
+        has_head = any(slot.name == _HEAD for slot in source.slots)
+        for views in source.chunks():
+            self.model.load_weights(self._wanted(views, has_head))
+            if isinstance(source, Arrivals):
+                self._keep_what_waits()
 
-    def _wanted(self, handle: WeightHandle) -> Iterator[tuple[str, torch.Tensor]]:
+    def _wanted(self, views: Views, has_head: bool) -> Iterator[tuple[str, torch.Tensor]]:
         """Without the vision tower where the engine was built without one; with the head that a tied model doesn't send.
 
         vLLM keeps the old head of a tied model on CPU, where it computes from a packed copy, unless the head is loaded by its own name.
         """
         has_vision = any(name.startswith(_VISION_PREFIXES) for name, _ in self.model.named_parameters())
-        views = dict(open_views(handle))
-        yield from ((name, view) for name, view in views.items() if has_vision or not name.startswith(_VISION_PREFIXES))
-        if _HEAD not in views:
-            yield _HEAD, next(view for name, view in views.items() if canonical_hf_name(name) == _EMBEDDING)
+        yield from ((name, view) for name, view in views if has_vision or not name.startswith(_VISION_PREFIXES))
+        if not has_head:
+            yield from ((_HEAD, view) for name, view in views if canonical_hf_name(name) == _EMBEDDING)
+
+    def _keep_what_waits(self) -> None:
+        """A layer takes its tensors when it has all of them, and the rest of them may come with the next chunk, over this one."""
+        for layer in self.model.modules():
+            for _, call in get_layerwise_info(layer).loaded_weights:
+                tensors = {name: value for name, value in call.arguments.items() if isinstance(value, torch.Tensor) and not value.is_meta}
+                call.arguments.update({name: tensor.clone() for name, tensor in tensors.items()})
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -96,7 +107,7 @@ class HostWeightEngine(WeightTransferEngine[_HostInit, _HostUpdate]):
 def weight_transfer_config() -> WeightTransferConfig:
     """The engine argument that makes `receive` possible."""
     if _BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(_BACKEND, HostWeightEngine)
+        WeightTransferEngineFactory.register_engine(_BACKEND, CarriedWeights)
     return WeightTransferConfig(backend=_BACKEND)
 
 
@@ -105,10 +116,10 @@ def open_receiver(llm: LLM) -> None:
     llm.init_weight_transfer_engine({"init_info": {}})
 
 
-def receive(llm: LLM, handle: WeightHandle, policy_version: int) -> None:
+def receive(llm: LLM, source: WeightHandle | Arrivals, policy_version: int) -> None:
     """Copies the weights into the engine's own (packed) memory, keeping nothing of the shared one, and drops what the old ones computed."""
     llm.start_weight_update()
-    llm.update_weights({"update_info": {"handle": handle}})
+    llm.update_weights({"update_info": {"source": source}})
     llm.finish_weight_update(weight_version=str(policy_version))
     drop_caches(llm)
 
