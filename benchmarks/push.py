@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -22,15 +21,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from mindspeed_mm_rl.models.rank_pieces import Grid
 from mindspeed_mm_rl.platforms import device
-from mindspeed_mm_rl.weights.device import CHUNK_BYTES, DevicePush, Inbox
+from mindspeed_mm_rl.weights.device import CHUNK_BYTES, Address, DevicePush, Inbox
+from mindspeed_mm_rl.weights.host import WeightHandle
 from mindspeed_mm_rl.weights.push import WeightPush
 from tests.rank_pool import RankPool
 from tests.spread_weights import CONFIGS, Spread
 
 CARRIERS = ("host", "device")
+HANDLES = TypeAdapter(WeightHandle)
 _SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 4096}
 
 
@@ -62,13 +64,14 @@ def train(store: dist.Store, spread: Spread, rank: int, pushes: int, chunk_bytes
     push, files = DevicePush(pieces, weights, spread.shapes(), chunk_bytes), WeightPush(pieces, weights, spread.shapes(), ())
 
     def through_device(number: int) -> None:
-        push.send(weights, pickle.loads(store.get(f"address/{number}/{rank}")))
+        name, key = json.loads(store.get(f"address/{number}/{rank}"))
+        push.send(weights, Address(name, bytes.fromhex(key)))
 
     def through_host(number: int) -> None:
         handle = files.publish(weights)
         dist.barrier()
         if handle:
-            store.set(f"handle/{number}", pickle.dumps(handle))
+            store.set(f"handle/{number}", HANDLES.dump_json(handle))
         store.wait([f"done/{number}/{rank}"])
 
     return {carrier: seconds(work, pushes) for carrier, work in zip(CARRIERS, (through_host, through_device), strict=True)}
@@ -96,13 +99,13 @@ def read(store: dist.Store, rank: int, pushes: int) -> None:
             own.setdefault(name, torch.empty_like(view, device=device.current())).copy_(view)
 
     for number in range(pushes):
-        for views in pickle.loads(store.get(f"handle/{number}")).chunks():
+        for views in HANDLES.validate_json(store.get(f"handle/{number}")).chunks():
             copy(views)
         device.synchronize()
         store.set(f"done/{number}/{rank}", b"")
     for number in range(pushes):
         inbox = Inbox()
-        store.set(f"address/{number}/{rank}", pickle.dumps(inbox.address))
+        store.set(f"address/{number}/{rank}", json.dumps([inbox.address.name, inbox.address.key.hex()]))
         with inbox.accepted(1) as arrivals:
             for views in arrivals.chunks():
                 copy(views)

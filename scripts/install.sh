@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv beside this checkout and installs a device's requirements and the package into it. Run it again at any time: what is done is skipped.
 #
-#   bash scripts/install.sh [cpu|cuda|npu]   default: what this machine has
+#   bash scripts/install.sh [cpu|cuda|npu]   default: what the environment was made for; a new one: what this machine has
 #
 # PYTHON          interpreter to build the environment with (default: the first suitable of python3.11, python3.12 ..., python3)
 # VENV            where the environment goes (default: .venv)
@@ -30,12 +30,16 @@ device_here() {
     if [ -e /dev/davinci_manager ]; then echo npu; elif [ -e /dev/nvidiactl ]; then echo cuda; else echo cpu; fi
 }
 
+default_device() {
+    if [ -d "$VENV" ]; then cat "$VENV/.device" 2>/dev/null || echo cpu; else device_here; fi
+}
+
 describe() {
-    LOCK=requirements/$DEVICE.txt
+    LOCK=requirements/$DEVICE.txt BUILT=requirements/$DEVICE-built.txt
     MACHINES="Linux-x86_64" PYTHONS=(3.11 3.12 3.13)
     case "$DEVICE" in
         cpu) NEEDED_GIB=8 SIZE_GIB=3 ;;
-        cuda) NEEDED_GIB=30 SIZE_GIB=11 ;;
+        cuda) NEEDED_GIB=20 SIZE_GIB=9 ;;
         npu) NEEDED_GIB=12 SIZE_GIB=4 MACHINES="Linux-aarch64 Linux-x86_64" PYTHONS=(3.11 3.10) ;;
         *) fail "'$DEVICE' is no device; it is one of cpu, cuda, npu." ;;
     esac
@@ -63,10 +67,9 @@ find_python() {
 
 check_machine() {
     [[ " $MACHINES " == *" $(uname -s)-$(uname -m) "* ]] || fail "$LOCK is for $MACHINES; this is $(uname -s)-$(uname -m)."
-    local free_gib made_for
-    made_for=$(cat "$VENV/.device" 2>/dev/null || echo cpu)
-    if [ -d "$VENV" ] && [ "$made_for" != "$DEVICE" ]; then
-        fail "$VENV was made for $made_for: remove it, or give this one another place (VENV=.venv-$DEVICE bash scripts/install.sh $DEVICE)."
+    local free_gib
+    if [ -d "$VENV" ] && [ "$(default_device)" != "$DEVICE" ]; then
+        fail "$VENV was made for $(default_device): remove it, or give this one another place (VENV=.venv-$DEVICE bash scripts/install.sh $DEVICE)."
     fi
     free_gib=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
     [ "$free_gib" -ge "$NEEDED_GIB" ] || fail "$free_gib GiB free in $PWD, $NEEDED_GIB GiB needed while packages are unpacked; $SIZE_GIB of them stay."
@@ -92,15 +95,20 @@ check_npu() {
     for script in ascend-toolkit nnal/atb; do
         script=$ASCEND/$script/set_env.sh
         [ -f "$script" ] || fail "$script is missing: CANN and its NNAL come first (docs/npu.md)."
-        # shellcheck disable=SC1090  # these read unset variables
-        set +u; source "$script"; set -u
+        set +u  # these read unset variables
+        # shellcheck disable=SC1090
+        source "$script"
+        set -u
     done
 }
+
+# Lines of the lock that this machine takes.
+pins() { awk -v machine="$(uname -m)" '/^[^#].*==/ && (!/;/ || index($0, machine))' "$LOCK"; }
 
 # A pip argument list: empty where the configured index offers the CPU build of torch, or none is wanted.
 torch_index_arguments() {
     local torch
-    torch=$(awk -v machine="$(uname -m)" '/^torch==/ && (!/;/ || index($0, machine)) { print $1 }' "$LOCK")
+    torch=$(pins | awk '/^torch==/ { print $1 }')
     if [[ "$torch" != *+cpu ]]; then
         return
     elif [ -n "${TORCH_INDEX:-}" ]; then
@@ -112,29 +120,26 @@ torch_index_arguments() {
     fi
 }
 
-# Lines of the lock that pip fetches, and those that are built from a repository.
-fetched() { grep -v ' @ git+' "$LOCK"; }
-built() { grep ' @ git+' "$LOCK" || true; }
-
 install_lock() {
     local index total
     index=$(torch_index_arguments)
-    total=$(fetched | grep -c ==)
+    total=$(pins | wc -l)
     # shellcheck disable=SC2086  # words are wanted: an option and its value, or nothing
-    run "$VENV/bin/pip" install --progress-bar off --no-deps -r <(fetched) $index 2> >(grep -v '^WARNING: ' >&2) |
+    run "$VENV/bin/pip" install --progress-bar off --no-deps -r "$LOCK" $index 2> >(grep -v '^WARNING: ' >&2) |
         awk -v total="$total" -v shown="$DRY_RUN" 'shown == 1 { print } /^(Collecting|Requirement already)/ && (++n % 20 == 0 || n == total) {
             print "[install] " n " of " total " packages fetched"; fflush() }'
 }
 
 # torch would load torch_npu, which fails without a driver; vLLM's kernels are vllm-ascend's.
 install_built() {
+    if [ ! -f "$BUILT" ]; then return; fi
     local requirement
     while read -r requirement; do
         if [ "$DRY_RUN" != 1 ] && "$VENV/bin/pip" freeze 2>/dev/null | grep -qxF "$requirement"; then continue; fi
         say "building ${requirement%% *}"
         run env TORCH_DEVICE_BACKEND_AUTOLOAD=0 VLLM_TARGET_DEVICE=empty \
             "$VENV/bin/pip" install --quiet --no-deps --no-build-isolation "$requirement" </dev/null
-    done < <(built)
+    done < <(grep ' @ ' "$BUILT")
 }
 
 check_imports() {
@@ -154,12 +159,12 @@ print(f"[install] torch {torch.__version__}, vllm {vllm.__version__}, megatron-c
 PYTHON
 }
 
-fingerprint() { cat "$LOCK" setup.py scripts/install.sh | sha256sum | cut -d' ' -f1; }
+fingerprint() { cat requirements/"$DEVICE"*.txt setup.py scripts/install.sh | sha256sum | cut -d' ' -f1; }
 
 is_up_to_date() { [ -f "$VENV/.installed" ] && [ "$(cat "$VENV/.installed")" = "$(fingerprint)" ]; }
 
 main() {
-    DEVICE="${1:-$(device_here)}"
+    DEVICE="${1:-$(default_device)}"
     describe
     if [ "$DRY_RUN" != 1 ]; then
         if is_up_to_date; then
@@ -177,7 +182,7 @@ main() {
     fi
     [ "$DRY_RUN" = 1 ] || suitable "$VENV/bin/python" ||
         fail "$VENV holds $("$VENV/bin/python" --version 2>&1), not Python ${PYTHONS[*]}: remove it and run this again."
-    say "installing $(fetched | grep -c ==) pinned packages from $LOCK (about $SIZE_GIB GiB in $VENV; minutes)"
+    say "installing $(pins | wc -l) pinned packages from $LOCK (about $SIZE_GIB GiB in $VENV; minutes)"
     install_lock
     install_built
     say "installing this checkout: commands mm-rl and mm-convert"

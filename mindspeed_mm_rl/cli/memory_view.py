@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mindspeed_mm_rl.config.plan import Plan
@@ -15,7 +16,9 @@ def memory_view(plan: Plan, device: DeviceMemory) -> list[str]:
     """Lines for the first page of a run; none where there is no config.json, which others will ask for."""
     if not (Path(plan.train.hf_path) / "config.json").is_file():
         return []
-    return render_footprint(footprint(plan, read_architecture(plan.train.hf_path), device.total_bytes), device, plan.rollout.max_model_len)
+    found = footprint(plan, read_architecture(plan.train.hf_path), device.total_bytes)
+    used = replace(device, per_node=min(device.per_node, plan.run.num_devices))
+    return render_footprint(found, used, plan.rollout.max_model_len)
 
 
 def render_footprint(found: Footprint, device: DeviceMemory, longest: int) -> list[str]:

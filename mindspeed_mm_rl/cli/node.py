@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindspeed_mm_rl.platforms import env, network, processes, signals
+from mindspeed_mm_rl.platforms import env, network, processes, resources, signals
 from mindspeed_mm_rl.trainer.guardian import Guardian
 from mindspeed_mm_rl.workers.cluster import Head, RayNode, say, tell_all, wait_for_head, wait_for_machines, wait_for_outcome
 
@@ -192,11 +192,7 @@ def _join(part: Part, folder: Path) -> int:
 
 def _devices() -> list[str]:
     """Options of `ray start`. Ray counts the devices itself where NPUS_PER_NODE doesn't say."""
-    if not env.read("NPUS_PER_NODE"):
-        return []
-    from mindspeed_mm_rl.platforms import device, resources
-
-    return resources.offered(device.kind(), env.read_int("NPUS_PER_NODE", 0))
+    return resources.offered(resources.of_this_machine(), env.read_int("NPUS_PER_NODE", 0)) if env.read("NPUS_PER_NODE") else []
 
 
 def _run(command: Sequence[str]) -> int:

@@ -35,13 +35,25 @@ def compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     entries = content.get("defaults") or []
     if not isinstance(entries, list):
         raise ValueError(f"{path}: defaults must be a list, not {entries!r}")
+    if wrong := [entry for entry in entries if not isinstance(entry, str | dict)]:
+        raise ValueError(f"{path}: defaults: {wrong[0]!r} is neither the name of a file nor a line such as model: qwen25_7b")
     names = [entry.removesuffix(".yaml") + ".yaml" for entry in entries if isinstance(entry, str) and entry != "_self_"]
     # A copy that somebody made elsewhere still finds the shipped ones.
     places = [next((file for file in (path.parent / name, _SHIPPED / name) if file.is_file()), path.parent / name) for name in names]
     bases = [compose(place, (*above, path.resolve())) for place in places]
     models = [entry for part in (content, *bases[::-1]) for entry in part.get("defaults") or [] if isinstance(entry, dict)]
-    merged = OmegaConf.to_container(OmegaConf.merge(*bases, content), resolve=False)
-    return merged | {"defaults": models}
+    return _merged(path, names, [*bases, content]) | {"defaults": models}
+
+
+def _merged(path: Path, names: list[str], contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """A later one over an earlier one."""
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(*contents), resolve=False)
+    except (OmegaConfBaseException, TypeError) as error:
+        told = ", ".join(name.removesuffix(".yaml") for name in names)
+        raise ValueError(
+            f"{path} can't be laid over its defaults ({told}): {one_line(error)}; does a list stand where the other has a section?"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -32,7 +32,7 @@ def weight_carrier(generate: GenerateConfig, kind: device.Kind, variables: Mappi
     if generate.weight_carrier != "auto":
         return generate.weight_carrier
     has_room = kind != "cpu" and not generate.offload_train_param
-    return "device" if has_room and can_share and not env.has_expandable_segments(variables) else "host"
+    return "device" if has_room and can_share and not env.has_expandable_segments(kind, variables) else "host"
 
 
 def recompute_fields(keys: MegatronConfig, choices: ModelChoices) -> dict[str, Any]:

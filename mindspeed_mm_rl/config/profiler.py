@@ -59,7 +59,7 @@ class ProfilerConfig(Section):
 
 
 def trace_settings(config: ProfilerConfig, output: str, num_ranks: int) -> TraceSettings | None:
-    """None without profile. Raises ValueError for steps and ranks that choose nothing."""
+    """None without profile. Raises ValueError for keys that choose nothing."""
     own = config.integrated
     if not own.profile:
         return None
@@ -67,6 +67,10 @@ def trace_settings(config: ProfilerConfig, output: str, num_ranks: int) -> Trace
         raise ValueError(
             f"profiler_config.integrated.profile_step_end ({own.profile_step_end}), the first call that isn't traced, must be > "
             f"profile_step_start ({own.profile_step_start})"
+        )
+    if not (own.profile_with_cpu or own.profile_with_npu):
+        raise ValueError(
+            "profiler_config.integrated.profile_with_cpu and profile_with_npu are both false, so that nothing is traced: set one to true"
         )
     ranks = range(num_ranks) if own.profile_ranks is None else own.profile_ranks
     unknown = [rank for rank in ranks if rank not in range(num_ranks)]

@@ -38,7 +38,8 @@ def without(name: str) -> dict[str, str]:
     return {other: value for other, value in os.environ.items() if other != name}
 
 
-def has_expandable_segments(variables: Mapping[str, str]) -> bool:
-    """Whether memory of a process that gets these variables beside those of this one grows in segments, to which ipc handles are not given
-    everywhere."""
-    return any("expandable_segments:True" in variables.get(name, read(name)) for name in ALLOCATORS)
+def has_expandable_segments(kind: str, variables: Mapping[str, str]) -> bool:
+    """Whether memory of a process on this kind of device, which gets these variables beside those of this one, grows in segments, to which
+    ipc handles are not given everywhere."""
+    own = ("PYTORCH_ALLOC_CONF", f"PYTORCH_{kind.upper()}_ALLOC_CONF")
+    return any("expandable_segments:True" in variables.get(name, read(name)) for name in own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from mindspeed_mm_rl.platforms import env
@@ -63,18 +64,25 @@ _DETERMINISTIC = {
 
 
 def worker_environment(kind: Kind, deterministic: bool, given: Mapping[str, str]) -> dict[str, str]:
-    """Variables of every worker process, to be there before it begins: those `given` by the user, and what the device wants where
-    neither they nor the environment of this process say otherwise.
+    """Variables of every worker process, to be there before it begins: those `given` by the user, and what the device wants, with the
+    value that the environment of this process has for it: workers on other machines would not inherit that.
 
     Example: worker_environment("cuda", False, {"A": "1"}) has A and CUDA_DEVICE_MAX_CONNECTIONS.
     """
     wanted = _DEFAULTS.get(kind, {}) | deterministic_environment(kind, deterministic)
-    return {name: value for name, value in wanted.items() if not env.read(name)} | dict(given) | _OWN_DEVICES_ONLY.get(kind, {})
+    return {name: env.read(name) or value for name, value in wanted.items()} | dict(given) | _OWN_DEVICES_ONLY.get(kind, {})
 
 
 def deterministic_environment(kind: Kind, deterministic: bool = True) -> dict[str, str]:
     """What libraries read when they are loaded; `device.make_deterministic` does the rest."""
     return dict(_DETERMINISTIC.get(kind, {})) if deterministic else {}
+
+
+def of_this_machine() -> Kind:
+    """By the files of the drivers. `device.kind` is the answer of torch, whose import takes seconds."""
+    if Path("/dev/davinci_manager").exists():
+        return "npu"
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
 def offered(kind: Kind, count: int) -> list[str]:

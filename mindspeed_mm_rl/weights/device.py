@@ -15,7 +15,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
 
 import torch.distributed as dist
@@ -39,7 +39,7 @@ class Address:
 
     name: str
     """Of a socket of this machine, without a file."""
-    key: bytes
+    key: bytes = field(repr=False)
     """Both sides prove that they know it."""
 
 
@@ -170,7 +170,9 @@ class Arrivals:
     """Weights that come chunk by chunk; what one chunk holds is only there until the next is asked for."""
 
     def __init__(self, connections: Sequence[Connection]) -> None:
-        self._sources: list[tuple[Connection, Announcement]] = [(connection, connection.recv()) for connection in connections]
+        sources: list[tuple[Connection, Announcement]] = [(connection, connection.recv()) for connection in connections]
+        # The ranks of one part wait for each other: readers that began with different parts would wait for ever.
+        self._sources = sorted(sources, key=lambda source: source[1].chunks[0][0].name)
 
     @property
     def slots(self) -> tuple[TensorSlot, ...]:

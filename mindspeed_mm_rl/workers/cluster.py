@@ -22,7 +22,7 @@ _CONNECT_SECONDS, _ANSWER_SECONDS = 4.0, 10.0
 _LOOK_SECONDS, _SAY_AGAIN_SECONDS = 1.0, 15.0
 _TELL_SECONDS = 20.0
 """For a task to start on every machine; one that does not answer finds out by itself that the head is gone."""
-_LEAVE_SECONDS, _STOP_SECONDS = 5.0, 15.0
+_LEAVE_SECONDS = 5.0
 _REFUSED_BEFORE_GONE = 3
 _OUTCOME, _LOG = "outcome", "ray_start.log"
 _BAD_TOKEN = ("AuthenticationError", "InvalidAuthToken", "Unauthenticated")
@@ -78,7 +78,7 @@ def wait_for_head(head: Head, seconds: float) -> None:
 
 
 class RayNode:
-    """Ray's processes on this machine. They inherit the marker of whoever starts them."""
+    """Ray's processes on this machine. They inherit the marker of the launcher, whose guardian ends those that are left."""
 
     def __init__(self, folder: Path, address: str, arguments: Sequence[str]) -> None:
         """folder: for all of Ray's files; arguments: of `ray start`."""
@@ -96,16 +96,12 @@ class RayNode:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._leave()
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        # What else it has started goes by its marker.
+        self._process.kill()
+        self._process.wait()
 
     def _leave(self) -> None:
-        """The daemon, told to end, tells the head that this machine leaves. `ray start` would kill it, and it would be missed only half a
-        minute later."""
+        """The daemon, told to end, tells the head that this machine leaves; killed, it would be missed only half a minute later."""
         daemons = [pid for pid in processes.of_run(str(self.folder), processes.NODE_MARKER) if processes.name_of(pid) == "raylet"]
         for pid in daemons:
             processes.kill(pid, signal.SIGTERM)
@@ -150,6 +146,9 @@ def wait_for_machines(node: RayNode, head: Head, count: int, seconds: float) -> 
 
 @contextmanager
 def _connected(node: RayNode, head: Head, deadline: float) -> Iterator[None]:
+    # Ray itself waits in long steps for somebody to listen.
+    while network.unreachable(head.host, head.port, _CONNECT_SECONDS):
+        _go_on_trying(node, head, deadline)
     import ray
 
     with signals.kept():
@@ -158,14 +157,18 @@ def _connected(node: RayNode, head: Head, deadline: float) -> Iterator[None]:
                 ray.init(address=str(head), log_to_driver=False, logging_level="CRITICAL")
                 break
             except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-                node.check()
-                if time.monotonic() > deadline:
-                    raise ClusterFailed(f"the head's own Ray does not answer at {head}: {str(error).splitlines()[0]}") from error
-                time.sleep(_LOOK_SECONDS)
+                _go_on_trying(node, head, deadline, str(error).partition("\n")[0])
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _go_on_trying(node: RayNode, head: Head, deadline: float, reason: str = "nothing listens there") -> None:
+    node.check()
+    if time.monotonic() > deadline:
+        raise ClusterFailed(f"the head's own Ray does not answer at {head}: {reason}")
+    time.sleep(_LOOK_SECONDS / 4)
 
 
 def tell_all(node: RayNode, head: Head, exit_code: int) -> None:

@@ -21,7 +21,7 @@ from tests.host_weights import fill, new_buffer
 WITNESS = "PLANTED_WITNESS"
 """Environment variable of the workers: the file in which WatchedActor says what it saw."""
 HALT = "PLANTED_HALT"
-"""Environment variable of the workers: the file that tells HaltingRollout to stop."""
+"""Environment variable of the workers: the file that tells HaltingRollout to stop, and DyingRollout to die."""
 PERTURBED = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -82,6 +82,18 @@ class HaltingRollout(RolloutWorker):
             super().empty_inbox(senders, policy_version)
         finally:
             Arrivals.chunks = chunks
+
+
+class DyingRollout(RolloutWorker):
+    """The first one that gets weights while the file HALT is there removes the file and dies."""
+
+    def receive_weights(self, handle: WeightHandle, policy_version: int) -> None:
+        try:
+            Path(os.environ[HALT]).unlink()
+        except FileNotFoundError:
+            super().receive_weights(handle, policy_version)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class DyingCritic(CriticWorker):

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from mindspeed_mm_rl.types import RolloutGroup, RolloutRequest
 from mindspeed_mm_rl.weights.host import WeightHandle
-from mindspeed_mm_rl.workers import placement
+from mindspeed_mm_rl.workers import placement, replicas
 from mindspeed_mm_rl.workers.published import OnHosts
 from mindspeed_mm_rl.workers.replicas import RolloutGroupStream
 from tests.addresses import free_address
+from tests.e2e import planted
 from tests.e2e.rollout_process import RolloutProcess
 from tests.e2e.test_rollout_ranks import Ranks, by_sample, requests
 from tests.host_weights import fill, new_buffer
@@ -95,13 +96,15 @@ def test_a_prompt_that_one_group_refuses_is_refused_by_all_and_leaves_nothing_be
     assert groups.all(ask) == [6, 6]
 
 
-def test_a_replica_is_replaced_when_a_process_of_one_of_its_groups_dies(
-    model: Path, handle: WeightHandle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_replica_is_replaced_when_a_process_of_one_of_its_groups_dies_and_so_is_a_successor(
+    model: Path, handle: WeightHandle, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = whole_plan(model, model, tmp_path)
+    monkeypatch.setattr(replicas, "RolloutWorker", planted.DyingRollout)
+    plan, death = whole_plan(model, model, tmp_path), tmp_path / "death"
     # Long enough to be met in the midst.
     rollout_of_two = replace(plan.rollout, max_tokens=100, **TWO_GROUPS)
-    plan = replace(plan, rollout=rollout_of_two, run=replace(plan.run, samples_per_prompt=SAMPLES, num_devices=2))
+    run = replace(plan.run, samples_per_prompt=SAMPLES, num_devices=2)
+    plan = replace(plan, rollout=rollout_of_two, run=run, runtime_env=((planted.HALT, str(death)),))
     try:
         rollout = RolloutGroupStream(slots := placement.start(plan.run), plan)
         rollout.ready()
@@ -110,8 +113,10 @@ def test_a_replica_is_replaced_when_a_process_of_one_of_its_groups_dies(
         stream, victim = rollout.generate(requests(), []), rollout.members[1]
         found = [next(stream)]
         os.kill(victim.pid, signal.SIGKILL)
+        death.touch()
         found += list(stream)
     finally:
         placement.stop()
     assert by_sample(found) == undisturbed
     assert re.search(rf"rank 1 of rollout replica 0 \(pid {victim.pid} on .*\) died in rollout: killed by signal 9", caplog.text)
+    assert rollout.take_replaced() == 2

@@ -219,7 +219,10 @@ MISTAKES = [
     ("megatron_training: {attention_dropout: 0.1}", "without dropout"),
     ("reward_config: {load: x}", "section reward_config isn't offered.*verifier_function"),
     ("model: no/such.json", "model: no/such.json doesn't exist .looked in"),
-    ("profiler_config: {integrated: {stage: actor_generate}}", "integrated.stage.0: 'actor_generate' isn't allowed; it must be 'actor_compute_log_prob'"),
+    (
+        "profiler_config: {integrated: {stage: actor_generate}}",
+        "integrated.stage.0: 'actor_generate' isn't allowed; it must be 'actor_compute_log_prob'",
+    ),
     ("profiler_config: {profile: true}", "unknown key profiler_config.profile; did you mean profiler_config.integrated.profile?"),
     ("actor_config: {lr: .inf}", "actor_config.lr: inf isn't allowed; it must be a finite number"),
     ("rl_config: {verifier_weight: [.nan]}", "rl_config.verifier_weight.0: nan isn't allowed; it must be a finite number"),
@@ -271,6 +274,14 @@ def test_defaults_that_lead_nowhere_or_back(tmp_path):
         load_config(write(tmp_path, "{defaults: [a]}", "b.yaml"))
     with pytest.raises(ValueError, match="defaults must be a list, not 'a'"):
         load_config(write(tmp_path, "{defaults: a}"))
+    with pytest.raises(ValueError, match="defaults: 5 is neither the name of a file nor a line such as model: qwen25_7b"):
+        load_config(write(tmp_path, "{defaults: [5]}"))
+
+
+def test_a_list_over_a_section_is_one_sentence(tmp_path):
+    write(tmp_path, "{rl_config: {actor_resource: {num_npus: 2}}}", "a.yaml")
+    with pytest.raises(ValueError, match=r"can't be laid over its defaults \(a\): .*; does a list stand where the other has a section"):
+        load_config(write(tmp_path, "{defaults: [a], rl_config: [1]}"))
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path):

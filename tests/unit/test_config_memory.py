@@ -29,6 +29,9 @@ def test_weights_go_through_the_device_where_they_stay_and_its_memory_can_be_ope
     assert weight_carrier(GenerateConfig(), "cuda", {}) == "device"
     assert weight_carrier(GenerateConfig(offload_train_param=True), "cuda", {}) == "host"
     assert weight_carrier(GenerateConfig(), "npu", {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}) == "host"
+    # The shipped runtime_env.yaml has variables of all devices.
+    assert weight_carrier(GenerateConfig(), "cuda", {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}) == "device"
+    assert weight_carrier(GenerateConfig(), "cuda", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}) == "host"
     assert weight_carrier(GenerateConfig(), "cpu", {}) == "host"
     assert weight_carrier(GenerateConfig(weight_carrier="host"), "cuda", {}) == "host"
     assert weight_carrier(GenerateConfig(weight_carrier="device"), "cpu", {}) == "device"

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mindspeed_mm_rl.cli.memory_view import problems, render_footprint
+from mindspeed_mm_rl.cli.memory_view import memory_view, problems, render_footprint
 from mindspeed_mm_rl.engines import footprint
 from mindspeed_mm_rl.engines.footprint import Footprint, Phase, Rollout, State, Trainer
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.rank_pieces import Grid, grid_entries
 from mindspeed_mm_rl.platforms.memory import GIB, KNOWN, DeviceMemory
+from tests.plans import whole_plan
 from tests.recipes import recipe_plan
 
 ALL = ("param", "grad", "optimizer", "reference")
@@ -61,6 +62,11 @@ def test_too_little_memory_is_said_with_what_would_help():
     assert "leaves room for 4 tokens, fewer than the longest sequence (5)" in told[1] and "infer_tensor_parallel_size" in told[1]
     assert [line for line in render_footprint(found, small, 5) if line.startswith("warning: ")] == [f"warning: {line}" for line in told]
     assert list(problems(found, KNOWN["h100"], longest=4)) == []
+
+
+def test_a_run_on_a_part_of_a_machine_takes_no_more_of_its_memory(tiny_text: Path):
+    lines = memory_view(whole_plan(tiny_text, tiny_text, tiny_text), KNOWN["h100"])
+    assert any(line.strip().startswith("host memory of a machine with 1 of them:") for line in lines)
 
 
 def test_a_layer_keeps_about_twice_what_its_matrices_put_out(tiny_text: Path, one_rank: None):

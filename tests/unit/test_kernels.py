@@ -141,7 +141,8 @@ def test_the_environment_of_a_worker(monkeypatch: pytest.MonkeyPatch):
     noset = "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"
     given = {"PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:512", noset: "true", "LCCL_DETERMINISTIC": "0"}
     variables = resources.worker_environment("npu", True, given)
-    assert "HCCL_HOST_SOCKET_PORT_RANGE" not in variables and variables["HCCL_NPU_SOCKET_PORT_RANGE"] == "auto"
+    # Workers on other machines, and of a cluster that was there before, inherit nothing from this shell.
+    assert (variables["HCCL_HOST_SOCKET_PORT_RANGE"], variables["HCCL_NPU_SOCKET_PORT_RANGE"]) == ("60000-60050", "auto")
     assert (variables["PYTORCH_NPU_ALLOC_CONF"], variables[noset]) == ("max_split_size_mb:512", "0")
     assert (variables["HCCL_DETERMINISTIC"], variables["LCCL_DETERMINISTIC"]) == ("true", "0")
     assert "HCCL_DETERMINISTIC" not in resources.worker_environment("npu", False, {})

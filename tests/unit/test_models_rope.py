@@ -45,7 +45,12 @@ def test_positions_by_hand(architecture: Architecture):
 
 @pytest.mark.parametrize(
     "parts",
-    [(7,), (3, (1, 4, 6), 5), ((1, 8, 8), 2, (1, 2, 12), (1, 10, 4), 4), pytest.param((1, (3, 4, 4), 2), marks=needs_5("no clips as pictures"))],
+    [
+        (7,),
+        (3, (1, 4, 6), 5),
+        ((1, 8, 8), 2, (1, 2, 12), (1, 10, 4), 4),
+        pytest.param((1, (3, 4, 4), 2), marks=needs_5("no clips as pictures")),
+    ],
     ids=["text", "one", "three", "clip"],
 )
 def test_positions_equal_hugging_face(architecture: Architecture, tiny_vl: Path, parts: tuple):

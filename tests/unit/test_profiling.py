@@ -60,6 +60,7 @@ def test_keys_choose():
     [
         ({"profile_step_start": 2}, r"profile_step_end \(2\).*must be > profile_step_start \(2\)"),
         ({"profile_ranks": [1, 7]}, r"profile_ranks must be all or ranks of the actor, 0 to 3, not \[7\]"),
+        ({"profile_with_cpu": False, "profile_with_npu": False}, "profile_with_cpu and profile_with_npu are both false"),
     ],
 )
 def test_what_would_choose_nothing_is_refused(keys: dict[str, object], message: str):

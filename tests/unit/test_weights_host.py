@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from mindspeed_mm_rl.platforms.shared_memory import IpcHandle, open_allocated
-from mindspeed_mm_rl.weights.device import chunks_of
+from mindspeed_mm_rl.platforms.shared_memory import FileHandle, IpcHandle, open_allocated
+from mindspeed_mm_rl.weights.device import Announcement, Arrivals, chunks_of
 from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle, joined, open_views
 from tests.host_weights import fill, new_buffer
 
@@ -110,3 +110,15 @@ def test_chunks_hold_whole_tensors_up_to_their_size_and_a_larger_one_alone() -> 
     assert [[(slot.name, slot.offset) for slot in chunk] for chunk in chunks] == [
         [("a", 0), ("b", 64)], [("c", 0)], [("d", 0)], [("e", 0), ("f", 64)], [("g", 0)]
     ]  # fmt: skip
+
+
+def test_parts_of_a_model_are_taken_up_in_one_order_whoever_comes_first() -> None:
+    """Two readers with different orders: each waits for the rank that sends to the other one."""
+
+    def order(*names: str) -> list[str]:
+        pipes = [multiprocessing.Pipe() for _ in names]
+        for name, (_, rank) in zip(names, pipes, strict=True):
+            rank.send(Announcement(FileHandle("", 0), chunks_of([(name, (1,), torch.uint8), ("z", (1,), torch.uint8)], 64)))
+        return [slot.name for slot in Arrivals([reader for reader, _ in pipes]).slots]
+
+    assert order("text", "vision") == order("vision", "text") == ["text", "z", "vision", "z"]
