@@ -106,7 +106,7 @@ def _check(where: str, name: str, value: str) -> None:
 def _why_not(name: str, value: str, kind: Kind) -> str:
     """Usual elsewhere and of no use here: told, and not handed on."""
     if name == "VLLM_DP_SIZE" and value != "1":
-        return "replicas follow from rl_config.actor_resource.num_npus and generate_config.infer_tensor_parallel_size"
+        return "generate_config.infer_expert_parallel_size says how many groups share the experts of an engine"
     if name == "OMP_NUM_THREADS" and kind == "cpu":
         return "the processes of a CPU machine share its cores"
     if name.startswith("RAY_EXPERIMENTAL_NOSET_") and value not in ("0", "false"):

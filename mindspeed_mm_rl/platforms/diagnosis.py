@@ -91,7 +91,8 @@ def _missing(found: Installation, row: Combination) -> Iterator[Finding]:
         return
     pins = dict(re.findall(r"^([\w.-]+)(?:\[.*\])?==(\S+)", _LOCK.read_text(encoding="utf-8"), re.MULTILINE)) if _LOCK.exists() else {}
     for name in names:
-        mend = _install(row, name, row.packages[name].install) if name in row.packages else pip_install(f"{name}=={pins[name]}")
+        pinned = f"{name}=={pins[name]}" if name in pins else name
+        mend = _install(row, name, row.packages[name].install) if name in row.packages else pip_install(pinned)
         yield Finding("wrong", f"{name} is not installed", mend)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 import platform
 import re
 import resource
@@ -150,7 +151,8 @@ def _place(package: str) -> str:
 
 def _shadow(package: str, module: str) -> tuple[str, str] | None:
     """Users of vendored trees have a `megatron` or `mindspeed` folder on the path, of which no metadata says which version it is."""
-    entry = next((Path(folder or ".") for folder in sys.path if Path(folder or ".", module, "__init__.py").exists()), None)
+    # Path.exists raises for folders that may not be looked into.
+    entry = next((Path(folder or ".") for folder in sys.path if os.path.exists(Path(folder or ".", module, "__init__.py"))), None)
     found = versions.distribution(package)
     own = None if found is None else Path(found.locate_file(module))
     if entry is None or (own is not None and (not own.exists() or own.samefile(entry / module))):

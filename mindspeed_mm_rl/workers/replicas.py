@@ -192,9 +192,11 @@ class RolloutGroupStream:
                     group = share.read(ref, doing, self.timeout)
                 except WorkerDied as death:
                     shares.remove(share)
-                    successor = self._replace(share.replica, death)
+                    self._replace(share.replica, death)
+                    # In which a successor may die, too.
                     self._fill_beside_work()
                     if share.unfinished:
+                        successor = self._replicas[share.replica.number]
                         shares.append(self._begun(successor, list(share.unfinished.values()), images, sampling))
                     continue
                 if group is not None:
@@ -209,10 +211,12 @@ class RolloutGroupStream:
         return _Share(replica, dealt(requests, rollout.max_tokens, rollout.data_parallel_size), images, sampling)
 
     def _check_progress(self, shares: list[_Share], doing: str) -> None:
-        """A replica that is stopped, or hangs, says nothing."""
-        late = [call for share in shares if time.monotonic() - share.since > self.timeout for call in share.late()]
+        """A replica that is stopped, or hangs, says nothing. What has come may have waited for a reader, or while another was replaced."""
+        import ray
+
+        late = [share for share in shares if time.monotonic() - share.since > self.timeout and not ray.wait(share.pending, timeout=0)[0]]
         if late:
-            raise silent(late, self.timeout, doing)
+            raise silent([call for share in late for call in share.late()], self.timeout, doing)
 
     def receive_weights(self, published: Published, policy_version: int) -> None:
         """Returns when every replica has copied the weights."""

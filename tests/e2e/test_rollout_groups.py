@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -96,6 +97,17 @@ def test_a_prompt_that_one_group_refuses_is_refused_by_all_and_leaves_nothing_be
     assert groups.all(ask) == [6, 6]
 
 
+def read_late(rollout: RolloutGroupStream, seconds: float) -> Sampled:
+    """With so long a break of the reader that the bound is over; all has come meanwhile."""
+    stream = rollout.generate(requests(), [])
+    found, patience = [next(stream)], rollout.timeout
+    time.sleep(seconds)
+    rollout.timeout = seconds / 100
+    found += list(stream)
+    rollout.timeout = patience
+    return by_sample(found)
+
+
 def test_a_replica_is_replaced_when_a_process_of_one_of_its_groups_dies_and_so_is_a_successor(
     model: Path, handle: WeightHandle, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +121,9 @@ def test_a_replica_is_replaced_when_a_process_of_one_of_its_groups_dies_and_so_i
         rollout = RolloutGroupStream(slots := placement.start(plan.run), plan)
         rollout.ready()
         rollout.receive_weights(OnHosts({slots.node: handle}), 1)
+        began = time.monotonic()
         undisturbed = by_sample(list(rollout.generate(requests(), [])))
+        assert read_late(rollout, 2 * (time.monotonic() - began)) == undisturbed
         stream, victim = rollout.generate(requests(), []), rollout.members[1]
         found = [next(stream)]
         os.kill(victim.pid, signal.SIGKILL)

@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from mindspeed_mm_rl.cli.environment import short_form
+from mindspeed_mm_rl.cli.main import app
 from mindspeed_mm_rl.platforms import compat, diagnosis, installation, patching, versions
 from mindspeed_mm_rl.platforms.installation import Installation
 from tests.installed import only_these, write_metadata
@@ -107,6 +109,23 @@ def test_a_missing_package_is_named_with_its_locked_version(tmp_path: Path, monk
     assert (core, arrow) == ("megatron-core is not installed", "pyarrow is not installed")
     assert core_mend.endswith("pip install --no-deps megatron-core==0.16.1")
     assert re.search(r"pip install --no-deps pyarrow==[\d.]+$", arrow_mend)
+
+
+def test_without_the_lock_beside_it_a_missing_package_is_named_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where the package was copied into site-packages."""
+    packages = as_in("cpu")
+    del packages["pyarrow"]
+    monkeypatch.setattr(diagnosis, "_LOCK", tmp_path / "requirements" / "cpu.txt")
+    ((what, mend),) = wrong(look(monkeypatch, tmp_path, packages))
+    assert what == "pyarrow is not installed" and mend.endswith("-m pip install --no-deps pyarrow")
+
+
+def test_what_nobody_can_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    requires = {"transformers": ("tokenizers (>=0.1 <0.3)", "numpy (=1.0)", "ray (>dev)")}
+    only_these(monkeypatch, tmp_path, {"transformers": "5.19.0"}, requires=requires)
+    assert list(versions.requirements("transformers")) == [("ray", ">dev")]
+    monkeypatch.setattr(sys, "path", [*sys.path, f"{tmp_path}/{'x' * 300}"])
+    assert "torch" not in installation.read().packages
 
 
 def test_many_missing_packages_are_one_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -222,3 +241,16 @@ def test_the_command_speaks_where_nothing_but_itself_is_installed(tmp_path: Path
     record = json.loads(told.stdout)
     assert record["combination"] is None and " packages are not installed: torch, " in record["findings"][0]["what"]
     assert set(record["patches"].values()) == {"package missing"} and len(record["patches"]) == len(patching.statuses("cpu"))
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_package_without_its_patches_is_wrong(options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patching, "FOLDER", tmp_path / "patches")
+    patching._patches.cache_clear()
+    only_these(monkeypatch, tmp_path, {"typer": "1"})
+    told = CliRunner().invoke(app, ["env", *options])
+    patching._patches.cache_clear()
+    assert (
+        told.exit_code == 2
+        and told.stderr == f"error: {tmp_path}/patches has no patches: it belongs beside the package, as in the repository\n"
+    )

@@ -69,6 +69,7 @@ def test_a_run_on_a_part_of_a_machine_takes_no_more_of_its_memory(tiny_text: Pat
     assert any(line.strip().startswith("host memory of a machine with 1 of them:") for line in lines)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.5"), reason="with grouped heads torch 2.5 keeps the matrix of attention on CPU")
 def test_a_layer_keeps_about_twice_what_its_matrices_put_out(tiny_text: Path, one_rank: None):
     from mindspeed_mm_rl.models.qwen2_5_vl import build_policy
 

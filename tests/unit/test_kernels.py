@@ -15,6 +15,8 @@ from mindspeed_mm_rl.platforms import cuda, device, npu, plain, resources
 from mindspeed_mm_rl.platforms.grouped import grouped_product
 from mindspeed_mm_rl.platforms.packed_sdpa import Segments
 
+needs_grouped_mm = pytest.mark.skipif("grouped_mm" not in dir(F), reason=f"torch {torch.__version__} has no grouped_mm")
+
 COUNTS = (3, 0, 1, 5)
 
 
@@ -50,6 +52,7 @@ def test_grouped_matmul_equals_every_row_by_itself():
     torch.testing.assert_close(results(plain.grouped_matmul(tokens, weights, COUNTS), tokens, weights), expected, atol=1e-12, rtol=0)
 
 
+@needs_grouped_mm
 def test_a_group_without_tokens_has_a_gradient_of_zeros():
     """None would keep megatron waiting for it where gradients are reduced as they come."""
     for grouped in (plain.grouped_matmul, cuda.grouped_matmul):
@@ -58,6 +61,7 @@ def test_a_group_without_tokens_has_a_gradient_of_zeros():
         assert [bool(weight.grad.any()) for weight in weights] == [count > 0 for count in COUNTS]
 
 
+@needs_grouped_mm
 def test_the_grouped_product_of_cuda_equals_one_group_after_the_other():
     tokens, weights = random_groups(torch.float32)
     expected = results(plain.grouped_matmul(tokens, weights, COUNTS), tokens, weights)
@@ -65,6 +69,7 @@ def test_the_grouped_product_of_cuda_equals_one_group_after_the_other():
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
+@needs_grouped_mm
 @pytest.mark.parametrize(
     ("dtype", "inputs", "is_one_kernel"), [(torch.bfloat16, 16, True), (torch.bfloat16, 12, False), (torch.float32, 16, False)]
 )
@@ -78,6 +83,7 @@ def test_cuda_takes_one_kernel_where_it_can(dtype: torch.dtype, inputs: int, is_
     assert nothing.shape == (0, 8) and nothing.requires_grad
 
 
+@needs_grouped_mm
 def test_only_what_is_trained_gets_a_gradient():
     tokens, weights = random_groups(torch.float32)
     for weight in weights:

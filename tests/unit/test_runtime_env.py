@@ -86,6 +86,7 @@ def test_what_is_of_no_use_here_is_left_out_and_told(tmp_path: Path) -> None:
         "env.yaml: RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES=true",
     ]
     assert len(on_npu.notes) == 2
+    assert "generate_config.infer_expert_parallel_size" in on_cpu.notes[0]
 
 
 @pytest.mark.parametrize("name", [processes.RUN_MARKER, processes.NODE_MARKER, *processes.PROCESS_ENV])
