@@ -39,12 +39,16 @@ def short_form() -> list[str]:
     found = installation.read()
     row, exact = diagnosis.nearest(found)
     shown = ", ".join(f"{name} {found.packages[name]}" for name in _SHORT if name in found.packages)
-    states = Counter(status.state for status in patching.statuses(found.device))
     known = f"combination {row.name} ({row.tested})" if exact else "no combination that is supported"
-    unknown = f", {states['unknown version']} of unknown versions" if states["unknown version"] else ""
-    patches = f"{states['applies']} patches apply{unknown}"
-    lines = [f"{found.device}: {shown}; {known}; {patches}"]
+    lines = [f"{found.device}: {shown}; {known}; {_patches(found)}"]
     return lines + [f"wrong: {finding.what}; mend it by: {finding.mend}" for finding in _wrong(diagnosis.findings(found))]
+
+
+def _patches(found: Installation) -> str:
+    """Raises ValueError where there are none."""
+    states = Counter(status.state for status in patching.statuses(found.device))
+    unknown = f", {states['unknown version']} of unknown versions" if states["unknown version"] else ""
+    return f"{states['applies']} patches apply{unknown}"
 
 
 def wide_console() -> Console:
@@ -81,6 +85,7 @@ def _print(found: Installation, asked: Probe, told: list[Finding]) -> None:
     for finding in told:
         console.print(Text(f"{finding.level}: {finding.what}", style="red" if finding.level == "wrong" else "yellow"), soft_wrap=True)
         console.print(f"  {finding.mend}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{_patches(found)}; mm-rl patches lists all", highlight=False)
     if not _wrong(told):
         console.print("nothing is wrong", style="green")
 

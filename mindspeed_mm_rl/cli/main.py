@@ -71,9 +71,11 @@ def preprocess(
 @app.command(name="env")
 def environment(as_json: _JSON = False) -> None:
     """Versions and devices, the combinations that are supported, what is wrong and how to mend it. Exit code 2 when something is."""
-    from mindspeed_mm_rl.cli.environment import show_environment
+    with _told(debug=False):
+        from mindspeed_mm_rl.cli.environment import show_environment
 
-    if not show_environment(as_json):
+        is_well = show_environment(as_json)
+    if not is_well:
         raise typer.Exit(_USER_ERROR)
 
 

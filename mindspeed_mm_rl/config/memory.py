@@ -29,10 +29,16 @@ def weight_carrier(generate: GenerateConfig, kind: device.Kind, variables: Mappi
     can_share = kind == "cpu" or device.can_share_memory()
     if generate.weight_carrier == "device" and not can_share:
         raise ValueError("generate_config.weight_carrier device needs ipc handles, which torch_npu has since 2.7; set it to host or auto")
+    in_segments = kind != "cpu" and env.has_expandable_segments(kind, variables)
+    if generate.weight_carrier == "device" and in_segments:
+        raise ValueError(
+            "generate_config.weight_carrier device needs memory without expandable_segments, to which not every version gives ipc handles; "
+            f"set PYTORCH_{kind.upper()}_ALLOC_CONF to 'expandable_segments:False' in rl_config.runtime_env_path, or set it to host or auto"
+        )
     if generate.weight_carrier != "auto":
         return generate.weight_carrier
     has_room = kind != "cpu" and not generate.offload_train_param
-    return "device" if has_room and can_share and not env.has_expandable_segments(kind, variables) else "host"
+    return "device" if has_room and can_share and not in_segments else "host"
 
 
 def recompute_fields(keys: MegatronConfig, choices: ModelChoices) -> dict[str, Any]:

@@ -10,12 +10,14 @@ Nobody waits for a reader that is gone: its rank goes on for the sake of the oth
 
 from __future__ import annotations
 
+import errno
 import secrets
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 
 import torch.distributed as dist
@@ -163,7 +165,19 @@ class Inbox:
     def accepted(self, senders: int) -> Iterator[Arrivals]:
         """What comes from so many ranks that train, each with a part of the model. Where it ends, they are told."""
         with self._listener, ExitStack() as connections:
-            yield Arrivals([connections.enter_context(self._listener.accept()) for _ in range(senders)])
+            yield Arrivals([connections.enter_context(self._accept()) for _ in range(senders)])
+
+    def _accept(self) -> Connection:
+        """The next one that knows the key: every user of the machine may knock."""
+        while True:
+            try:
+                return self._listener.accept()
+            except (AuthenticationError, EOFError):
+                continue
+            except OSError as error:
+                # Without a number: what was said is no answer to a challenge.
+                if error.errno not in (None, errno.EPIPE, errno.ECONNRESET):
+                    raise
 
 
 class Arrivals:

@@ -120,6 +120,8 @@ def _cause_of_death(member: Member, text: str) -> str:
     now = processes.memory_kills() if member.is_local else None
     if now is not None and member.memory_kills is not None and now > member.memory_kills:
         return f"out of memory: the kernel killed it by signal 9 (SIGKILL){_advice(member)}"
+    if not member.is_local:
+        return "killed by signal 9 (SIGKILL), by somebody or for want of memory, or its machine is gone"
     unknown = now is None or member.memory_kills is None
     return "killed by signal 9 (SIGKILL)" + (", by somebody or for want of memory" if unknown else "")
 

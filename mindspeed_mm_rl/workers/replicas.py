@@ -58,6 +58,12 @@ class Replica:
         calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
         answers(calls, start_bound(self._timeout), "start of the rollout engine")
 
+    def is_starting(self) -> bool:
+        """Waits for about a second; False when there is something to say, good or bad."""
+        import ray
+
+        return not ray.wait(self._started, num_returns=1, timeout=_LOOK_SECONDS)[0]
+
     def calls(self, verb: str, *arguments: Any) -> list[Call]:
         """verb: of the workers."""
         return [Call(member, getattr(member.actor, verb).remote(*arguments)) for member in self.members]
@@ -277,6 +283,10 @@ class RolloutGroupStream:
         self._replaced += 1
         replica.stop()
         successor = Replica(self.slots, self.plan, replica.number)
+        deadline = time.monotonic() + start_bound(self.timeout)
+        # A machine that is lost takes trainers, too, and has no place for a successor.
+        while successor.is_starting() and time.monotonic() < deadline:
+            self.while_waiting("rollout")
         successor.ready()
         self._replicas[replica.number] = successor
         self._bare = [bare for bare in self._bare if bare is not replica] + [successor]

@@ -56,12 +56,14 @@ def _train(rank: int, store: dist.Store, spread: Spread, readers: Sequence[int],
 
 
 def _read(store: dist.Store, reader: int) -> list:
-    found, largest, rank = [], 0, max(reader, -1 - reader)
+    found, largest, rank, lists = [], 0, max(reader, -1 - reader), []
     for number in range(PUSHES):
         inbox, got = Inbox(), {}
         store.set(f"{number}/{rank}", pickle.dumps(inbox.address))
         with inbox.accepted(1) as arrivals:
             for views in arrivals.chunks():
+                assert not any(lists), "memory of a chunk that is over is still held"
+                lists.append(views)
                 got |= _digests(views)
                 largest = max(largest, sum(view.nbytes for _, view in views))
                 if reader < 0:

@@ -6,6 +6,7 @@ import pytest
 
 from mindspeed_mm_rl.config.memory import offload_parts, weight_carrier
 from mindspeed_mm_rl.config.schema import GenerateConfig
+from mindspeed_mm_rl.platforms import device
 from tests.unit.test_config_layout import DENSE, PP, plan_of
 
 ALL = {"offload_train_param": True, "offload_train_grad": True, "offload_train_optimizer": True}
@@ -35,6 +36,15 @@ def test_weights_go_through_the_device_where_they_stay_and_its_memory_can_be_ope
     assert weight_carrier(GenerateConfig(), "cpu", {}) == "host"
     assert weight_carrier(GenerateConfig(weight_carrier="host"), "cuda", {}) == "host"
     assert weight_carrier(GenerateConfig(weight_carrier="device"), "cpu", {}) == "device"
+    with pytest.raises(ValueError, match="PYTORCH_CUDA_ALLOC_CONF to 'expandable_segments:False' in rl_config.runtime_env_path"):
+        weight_carrier(GenerateConfig(weight_carrier="device"), "cuda", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_where_no_process_can_open_the_memory_of_another_weights_take_the_other_way(monkeypatch):
+    monkeypatch.setattr(device, "can_share_memory", lambda: False)
+    assert weight_carrier(GenerateConfig(), "npu", {}) == "host"
+    with pytest.raises(ValueError, match="weight_carrier device needs ipc handles, which torch_npu has since 2.7; set it to host or auto"):
+        weight_carrier(GenerateConfig(weight_carrier="device"), "npu", {})
 
 
 FULL = "recompute_granularity=full"

@@ -154,7 +154,9 @@ def test_torchaudio_breaks_a_cpu_installation(tmp_path: Path, monkeypatch: pytes
 
 def test_what_packages_ask_of_each_other_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     look(monkeypatch, tmp_path, as_in("cpu"))
-    only_these(monkeypatch, tmp_path / "first", {"transformers": "5.19.0"}, requires={"transformers": ("tokenizers (<0.24.0,>=0.23.1)",)})
+    # torch is of the combination, whose packages were tried together.
+    requires = {"transformers": ("tokenizers (<0.24.0,>=0.23.1)", "torch (==2.5.0)")}
+    only_these(monkeypatch, tmp_path / "first", {"transformers": "5.19.0"}, requires=requires)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "packages")])
     write_metadata(tmp_path / "packages", {"tokenizers": "0.21.0"})
     ((what, _),) = wrong(replace(installation.read(tmp_path / "machine"), command="mm-rl"))
@@ -222,6 +224,8 @@ def test_on_arm_the_library_that_comes_too_late_is_named(tmp_path: Path, monkeyp
     (note,) = diagnosis.findings(found)
     assert (note.level, note.mend) == ("note", "export LD_PRELOAD=/env/libgomp-1.so:$LD_PRELOAD")
     assert diagnosis.findings(replace(found, preload="/env/libgomp-1.so")) == []
+    monkeypatch.setattr(installation, "read", lambda: found)
+    assert len(short_form()) == 1
 
 
 def test_the_short_form_is_one_line_and_one_for_each_wrong_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -239,16 +243,20 @@ def test_the_command_speaks_where_nothing_but_itself_is_installed(tmp_path: Path
     told = subprocess.run([sys.executable, "-S", "-c", COMMAND, str(tmp_path), "env", "--json"], capture_output=True, text=True, timeout=60)
     assert (told.returncode, told.stderr) == (2, "")
     record = json.loads(told.stdout)
-    assert record["combination"] is None and " packages are not installed: torch, " in record["findings"][0]["what"]
+    assert (
+        record["ok"] is False and record["combination"] is None and " packages are not installed: torch, " in record["findings"][0]["what"]
+    )
     assert set(record["patches"].values()) == {"package missing"} and len(record["patches"]) == len(patching.statuses("cpu"))
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_a_package_without_its_patches_is_wrong(options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runner = CliRunner()
     monkeypatch.setattr(patching, "FOLDER", tmp_path / "patches")
     patching._patches.cache_clear()
+    runner.invoke(app, ["env", "--help"])  # typer imports the rest of itself late
     only_these(monkeypatch, tmp_path, {"typer": "1"})
-    told = CliRunner().invoke(app, ["env", *options])
+    told = runner.invoke(app, ["env", *options])
     patching._patches.cache_clear()
     assert (
         told.exit_code == 2

@@ -5,18 +5,21 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import logging
 import subprocess
 import sys
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from mindspeed_mm_rl.platforms import compat, device, patching, versions
+from mindspeed_mm_rl.cli.main import app
+from mindspeed_mm_rl.platforms import compat, device, installation, patching, versions
 from tests.installed import only_these, write_metadata
 
 FILES = sorted(patching.FOLDER.glob("*.py"))
@@ -63,6 +66,23 @@ def test_repairs_of_0_12_go_to_0_12_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert new - old == {"megatron_router_gemm"}
 
 
+def test_devices_that_megatron_and_vllm_are_written_for_get_no_repairs_of_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def applying(kind: Literal["cuda", "npu"]) -> set[str]:
+        row = next(row for row in compat.COMBINATIONS if row.device == kind)
+        only_these(monkeypatch, tmp_path / kind, {name: want.install for name, want in row.packages.items()})
+        return {status.name for status in patching.statuses(kind) if status.state == "applies"}
+
+    assert applying("cuda") == {"megatron_optimizer_state", "megatron_router_gemm", "vllm_queues"}
+    assert not {name for name in applying("npu") if name.startswith(("megatron", "torch"))}
+
+
+def test_the_list_for_scripts_is_that_of_the_workers():
+    told = CliRunner().invoke(app, ["patches", "--json"])
+    assert [(one["name"], one["state"], one["because"]) for one in json.loads(told.stdout)] == [
+        (status.name, status.state, status.because) for status in patching.statuses(installation.device())
+    ]
+
+
 def state(patch: patching.Patch, kind: str = "cpu") -> tuple[str, str]:
     return patching._state(patch, kind)
 
@@ -88,6 +108,7 @@ def test_a_version_that_nobody_looked_at_gets_a_warning_and_no_patch(
     before = torch.distributed.all_gather, torch.distributed.reduce_scatter
     with caplog.at_level(logging.WARNING):
         patching.apply.__wrapped__("train", "cpu")
+        assert "vllm" not in caplog.text
         patching.apply.__wrapped__("rollout", "cpu")
     assert (torch.distributed.all_gather, torch.distributed.reduce_scatter) == before
     assert "patches/torch_uneven_collectives.py is not applied: torch 9.9.0 was not looked at" in caplog.text

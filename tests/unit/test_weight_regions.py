@@ -10,7 +10,7 @@ import torch
 
 from mindspeed_mm_rl.models.placement import Cut
 from mindspeed_mm_rl.models.weight_layout import separate_one
-from mindspeed_mm_rl.weights.regions import Deal, Region, Transfer, check_whole, deal, messages, regions_of
+from mindspeed_mm_rl.weights.regions import Deal, Region, Transfer, check_whole, deal, messages, regions_of, senders
 from tests.spread_weights import SPREADS, Spread, node_choices
 
 CASES = {
@@ -121,3 +121,9 @@ def test_a_tensor_that_is_held_in_part_is_named():
         check_whole(held[0], spread.shapes())
     with pytest.raises(ValueError, match="config.json has no other"):
         check_whole([Region("other", None, (1,), "float32")], {})
+
+
+def test_what_not_all_hold_is_sent_once_by_holders_in_turn():
+    small, large, other, everywhere = (Region(name, None, (size,), "float32") for name, size in zip("abcd", (4, 8, 2, 1), strict=True))
+    both = [everywhere, large, small, other]
+    assert senders([both, both, [everywhere]]) == {large: 0, small: 1, other: 1}

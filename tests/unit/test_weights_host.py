@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Client
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from mindspeed_mm_rl.platforms.shared_memory import FileHandle, IpcHandle, open_allocated
-from mindspeed_mm_rl.weights.device import Announcement, Arrivals, chunks_of
+from mindspeed_mm_rl.weights.device import Address, Announcement, Arrivals, Inbox, chunks_of
 from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle, joined, open_views
 from tests.host_weights import fill, new_buffer
 
@@ -122,3 +124,28 @@ def test_parts_of_a_model_are_taken_up_in_one_order_whoever_comes_first() -> Non
         return [slot.name for slot in Arrivals([reader for reader, _ in pipes]).slots]
 
     assert order("text", "vision") == order("vision", "text") == ["text", "z", "vision", "z"]
+
+
+def _strangers_first(address: Address) -> list[type]:
+    errors = []
+    with Client(address.name) as rude:
+        rude.send_bytes(b"x" * 1000)
+    for key in (b"a guess", address.key):
+        try:
+            with Client(address.name, authkey=key) as rank:
+                rank.send(Announcement(FileHandle("", 0), chunks_of([("odd", (1,), torch.uint8)], 64)))
+                rank.recv_bytes()
+        except (multiprocessing.AuthenticationError, EOFError) as error:
+            errors.append(type(error))
+    return errors
+
+
+def test_who_does_not_know_the_key_of_an_inbox_is_sent_away_and_holds_up_nobody() -> None:
+    """Its name can be read by every user of the machine."""
+    inbox = Inbox()
+    assert repr(inbox.address.key) not in repr(inbox.address)
+    with ThreadPoolExecutor(1) as thread:
+        told = thread.submit(_strangers_first, inbox.address)
+        with inbox.accepted(1) as arrivals:
+            assert [slot.name for slot in arrivals.slots] == ["odd"]
+        assert told.result(10) == [multiprocessing.AuthenticationError, EOFError]
