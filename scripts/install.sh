@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv beside this checkout and installs a device's requirements and the package into it. Run it again at any time: what is done is skipped.
 #
-#   bash scripts/install.sh [cpu|cuda|npu]   default: what the environment was made for; a new one: what this machine has
+#   bash scripts/install.sh [cpu|cuda|npu]   default: what the environment was made for; a new one: cpu
 #
 # PYTHON          interpreter to build the environment with (default: the first suitable of python3.11, python3.12 ..., python3)
 # VENV            where the environment goes (default: .venv)
@@ -30,9 +30,7 @@ device_here() {
     if [ -e /dev/davinci_manager ]; then echo npu; elif [ -e /dev/nvidiactl ]; then echo cuda; else echo cpu; fi
 }
 
-default_device() {
-    if [ -d "$VENV" ]; then cat "$VENV/.device" 2>/dev/null || echo cpu; else device_here; fi
-}
+default_device() { cat "$VENV/.device" 2>/dev/null || echo cpu; }
 
 describe() {
     LOCK=requirements/$DEVICE.txt BUILT=requirements/$DEVICE-built.txt
@@ -102,6 +100,22 @@ check_npu() {
     done
 }
 
+make_environment() {
+    local python="${PYTHON:-python${PYTHONS[0]}}"
+    if [ "$DRY_RUN" = 1 ]; then
+        run "$python" -m venv "$VENV"
+        return
+    fi
+    if [ ! -x "$VENV/bin/python" ]; then
+        python=$(find_python)
+        say "making $VENV with $("$python" --version)"
+        "$python" -m venv "$VENV"
+        echo "$DEVICE" > "$VENV/.device"
+    fi
+    suitable "$VENV/bin/python" ||
+        fail "$VENV holds $("$VENV/bin/python" --version 2>&1), not Python ${PYTHONS[*]}: remove it and run this again."
+}
+
 # Lines of the lock that this machine takes.
 pins() { awk -v machine="$(uname -m)" '/^[^#].*==/ && (!/;/ || index($0, machine))' "$LOCK"; }
 
@@ -126,7 +140,7 @@ install_lock() {
     total=$(pins | wc -l)
     # shellcheck disable=SC2086  # words are wanted: an option and its value, or nothing
     run "$VENV/bin/pip" install --progress-bar off --no-deps -r "$LOCK" $index 2> >(grep -v '^WARNING: ' >&2) |
-        awk -v total="$total" -v shown="$DRY_RUN" 'shown == 1 { print } /^(Collecting|Requirement already)/ && (++n % 20 == 0 || n == total) {
+        awk -v total="$total" -v shown="$DRY_RUN" 'shown == 1 { print } /^(Collecting|Processing|Requirement already)/ && (++n % 20 == 0 || n == total) {
             print "[install] " n " of " total " packages fetched"; fflush() }'
 }
 
@@ -173,15 +187,7 @@ main() {
         fi
         check_machine
     fi
-    if [ "$DRY_RUN" = 1 ] || [ ! -x "$VENV/bin/python" ]; then
-        local python
-        python=$(find_python)
-        say "making $VENV with $("$python" --version)"
-        run "$python" -m venv "$VENV"
-        if [ "$DRY_RUN" != 1 ]; then echo "$DEVICE" > "$VENV/.device"; fi
-    fi
-    [ "$DRY_RUN" = 1 ] || suitable "$VENV/bin/python" ||
-        fail "$VENV holds $("$VENV/bin/python" --version 2>&1), not Python ${PYTHONS[*]}: remove it and run this again."
+    make_environment
     say "installing $(pins | wc -l) pinned packages from $LOCK (about $SIZE_GIB GiB in $VENV; minutes)"
     install_lock
     install_built
@@ -192,6 +198,11 @@ main() {
     if [ "$DRY_RUN" = 1 ]; then return; fi
     fingerprint > "$VENV/.installed"
     say "done: source $VENV/bin/activate, then: mm-rl env"
+    local there
+    there=$(device_here)
+    if [ "$there" != cpu ] && [ "$DEVICE" = cpu ]; then
+        say "this environment is for the CPU; for the ${there^^} of this machine: VENV=.venv-$there bash scripts/install.sh $there"
+    fi
 }
 
 main "$@"

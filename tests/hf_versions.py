@@ -14,7 +14,7 @@ def needs_5(reason: str) -> pytest.MarkDecorator:
 
 
 def picture_tokens(ids: torch.Tensor, image_token_id: int) -> dict[str, torch.Tensor]:
-    """An argument of a Qwen2.5-VL: transformers 5 asks which tokens are a picture's (1) to place them in height and width, 4 looks itself."""
+    """An argument of a Qwen2.5-VL: transformers 5 asks which tokens are a picture's (1), 4 looks itself."""
     return {} if IS_4 else {"mm_token_type_ids": (ids == image_token_id).int()}
 
 

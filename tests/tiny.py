@@ -150,8 +150,8 @@ def _save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTraine
 def make_tiny_text(
     folder: Path | str, seed: int = 0, family: str = "qwen2", rope: dict | None = None, more: dict | None = None, **sizes
 ) -> Path:
-    """A random text model in `folder`; family: a key of _TEXT_MODELS; rope: keys of rope_scaling, and rope_theta; more: other keys of config.json;
-    `sizes` are fields of TinySizes."""
+    """A random text model in `folder`; family: a key of _TEXT_MODELS; rope: keys of rope_scaling, and rope_theta; more: other keys
+    of config.json; `sizes` are fields of TinySizes."""
     chosen = TinySizes(**sizes)
     tokenizer = _tokenizer(min(chosen.vocab, 2048))
     config_class, model_class = _TEXT_MODELS[family]

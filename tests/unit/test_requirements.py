@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 OWN = {"mindspeed_mm_rl", "tests", "benchmarks", "checkpoint", "patches", "conftest"}
 DEVICE_ONLY = {"torch_npu", "mindspeed", "vllm_ascend", "flash_attn", "pip"}
 DEVICES = ("cpu", "cuda", "npu")
+needs_3_11 = pytest.mark.skipif(sys.version_info < (3, 11), reason="before, importlib.metadata knows the modules of few packages")
 COMPARED_WITH = {"trl"}
 """Installed aside where somebody asks for the comparison."""
 
@@ -60,6 +61,7 @@ def imported() -> set[str]:
     return set().union(*(_imported(ast.parse(file.read_text())) for file in files)) - beside
 
 
+@needs_3_11
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_import_of_the_code_is_locked(imported, device):
     assert _missing(imported, device) == []
@@ -85,7 +87,7 @@ def test_each_lock_is_a_combination(device):
 @pytest.mark.parametrize("device", ["cuda", "npu"])
 def test_the_installer_refuses_a_machine_without_the_device_and_shows_what_it_would_do(device, tmp_path):
     # A driver would be found beside the other commands.
-    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv")}
     command = ["bash", "scripts/install.sh", device]
     refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     shown = subprocess.run(command, cwd=ROOT, env=environment | {"DRY_RUN": "1"}, capture_output=True, text=True, timeout=60)
@@ -96,6 +98,7 @@ def test_the_installer_refuses_a_machine_without_the_device_and_shows_what_it_wo
     assert not (tmp_path / "venv").exists()
 
 
+@needs_3_11
 def test_every_import_that_the_installer_checks_is_locked():
     check = re.search(r"<<'PYTHON'\n(.*?)\nPYTHON", (ROOT / "scripts" / "install.sh").read_text(), re.DOTALL).group(1)
     modules = _imported(ast.parse(check))

@@ -12,6 +12,7 @@ answer now and then, which is what reinforcement learning needs to find the righ
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from mindspeed_mm_rl.data.chat import ChatRenderer
 
 MAX_NEW_TOKENS = 28
 ANSWER = re.compile(r"<think>.*</think> ?\\boxed\{(\d+)\}", re.DOTALL)
+_ASKS_FOR_PICTURE_TOKENS = "mm_token_type_ids" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
+"""transformers 5 does; 4 finds them itself."""
 NEVER_SAMPLED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -60,7 +63,7 @@ class Pictures:
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == self.image_token).int(),
+            **({"mm_token_type_ids": (ids == self.image_token).int()} if _ASKS_FOR_PICTURE_TOKENS else {}),
             "pixel_values": self.pixels[index].flatten(0, 1),
             "image_grid_thw": self.grids[index],
         }
