@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from mindspeed_mm_rl.cli.node import Part, Settings, part_of
-from mindspeed_mm_rl.platforms import network
+from mindspeed_mm_rl.platforms import network, processes
+from mindspeed_mm_rl.workers import placement
 from mindspeed_mm_rl.workers.cluster import Head, wait_for_head
 from tests.addresses import free_address
+from tests.plans import run_plan
 from tests.two_machines import SECOND, own_address
 
 FOREIGN = "203.0.113.5"
@@ -74,3 +77,19 @@ def test_a_head_that_does_not_come_is_told_with_what_was_found() -> None:
         wait_for_head(Head(host, int(port)), 0.0)
     with pytest.raises(ValueError, match="no-such-machine.invalid is a name without an address here"):
         wait_for_head(Head("no-such-machine.invalid", 6766), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://10.0.0.1:10001", "RAY_ADDRESS is ray://10.0.0.1:10001: give host:port of the head, and start the run on a machine of the"),
+        (free_address(), "a machine answers at 127.0.0.1, but nothing listens at port .*; correct it, or unset it"),
+        ("nonsense", "RAY_ADDRESS is nonsense, and Ray can't join it: "),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, message: str) -> None:
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV", *processes.PROCESS_ENV):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=message):
+        placement.start(run_plan(tmp_path))
