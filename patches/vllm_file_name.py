@@ -26,7 +26,7 @@ def _apply() -> None:
 
 PATCH = Patch(
     package="vllm",
-    versions=">=0.27",
+    versions=">=0.18",
     process="rollout",
     devices=("cpu",),
     changes=("vllm.v1.executor.uniproc_executor.ExecutorWithExternalLauncher._distributed_args",),

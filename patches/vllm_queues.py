@@ -14,7 +14,7 @@ def _apply() -> None:
 
 PATCH = Patch(
     package="vllm",
-    versions=">=0.27",
+    versions=">=0.9.1",
     process="rollout",
     changes=("vllm.distributed.device_communicators.shm_broadcast.MessageQueue.create_from_process_group",),
     until="the executor of externally launched ranks makes no queues",

@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import mindspeed_mm_rl  # noqa: F401  transformers' vision models import torchvision, which the package makes importable on CPU
+from tests.hf_versions import IS_4
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -101,7 +102,9 @@ def _tokenizer(vocab: int) -> transformers.PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    fast = transformers.PreTrainedTokenizerFast(
+    # Late 4.x processors take only the class of their own family.
+    kind = transformers.Qwen2TokenizerFast if IS_4 else transformers.PreTrainedTokenizerFast
+    fast = kind(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",

@@ -7,7 +7,7 @@ therefore not the one to tell: a death comes first, then a worker's own exceptio
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,15 @@ def start_bound(timeout_seconds: float) -> float:
     return max(timeout_seconds, _START_SECONDS)
 
 
-def answers(calls: Sequence[Call], timeout_seconds: float, doing: str, awaited: Sequence[Call] = ()) -> list[Any]:
-    """All answers, in the order of the calls. awaited: other calls, whose workers these may be waiting for.
+def answers(
+    calls: Sequence[Call],
+    timeout_seconds: float,
+    doing: str,
+    awaited: Sequence[Call] = (),
+    while_waiting: Callable[[], None] = lambda: None,
+) -> list[Any]:
+    """All answers, in the order of the calls. awaited: other calls, whose workers these may be waiting for; while_waiting: called about once
+    a second.
 
     Raises WorkerDied, WorkerFailed (a worker raised, or was silent for too long) or ValueError (a worker refuses what the user asked for).
     """
@@ -59,8 +66,10 @@ def answers(calls: Sequence[Call], timeout_seconds: float, doing: str, awaited: 
         left = deadline - time.monotonic()
         done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, min(left, _LOOK_SECONDS)))
         signals.let_through()
-        if not done and left <= 0:
-            raise silent([call for call in calls if call.ref in pending] + unanswered(awaited), timeout_seconds, doing)
+        if not done:
+            while_waiting()
+            if left <= 0:
+                raise silent([call for call in calls if call.ref in pending] + unanswered(awaited), timeout_seconds, doing)
         for ref in done:
             try:
                 got[ref] = ray.get(ref)

@@ -60,7 +60,8 @@ class TrainGroup:
 
     def ready(self) -> int:
         """Trainable parameters of a rank."""
-        self.members = placement.introduced(self.role, self.workers, self._greetings, self.slots)
+        unknown = [Member(self.role, rank, worker) for rank, worker in enumerate(self.workers)]
+        self.members = placement.introduced(unknown, self._greetings, self.slots, range(self.slots.count))
         self._pulse = Pulse(self.members)
         calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
         return answers(calls, start_bound(self.timeout), f"start of the {self.name}")[0]

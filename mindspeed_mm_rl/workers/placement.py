@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import RunPlan
 from mindspeed_mm_rl.platforms import env, network, processes, resources, signals
 from mindspeed_mm_rl.workers.calls import Call, answers, start_bound
-from mindspeed_mm_rl.workers.failure import Member, first_sentence
+from mindspeed_mm_rl.workers.failure import Member, WorkerFailed, first_sentence
 from mindspeed_mm_rl.workers.storage import Storage
 from mindspeed_mm_rl.workers.turns import Turns
 
@@ -36,6 +36,8 @@ class Slots:
     is_own_cluster: bool
     bundles: tuple[int, ...]
     """Of the group, in the order of the slots: those of one machine are neighbours, those of this one come first."""
+    machines: tuple[str, ...]
+    """Ray's id of the machine of each slot."""
     turns: Turns = field(default_factory=Turns)
     """Who works on them."""
     storage: Storage = field(default_factory=Storage)
@@ -62,7 +64,8 @@ def start(run: RunPlan) -> Slots:
     if not group.wait(seconds):
         raise ValueError(_too_few(run, seconds))
     here, turns = info["node_ip_address"], Turns(start_together=run.device == "cpu")
-    return Slots(group, run.device, run.num_devices, here, info["session_dir"], not address, _by_machine(group, here), turns)
+    bundles, machines = _by_machine(group, here)
+    return Slots(group, run.device, run.num_devices, here, info["session_dir"], not address, bundles, machines, turns)
 
 
 def _begin(run: RunPlan) -> dict[str, str]:
@@ -104,14 +107,15 @@ def _too_few(run: RunPlan, seconds: int) -> str:
     )
 
 
-def _by_machine(group: Any, here: str) -> tuple[int, ...]:
-    """Ray gives bundles to machines in no order that it promises; ranks that talk most are neighbours."""
+def _by_machine(group: Any, here: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Bundles, and the machine of each. Ray gives them to machines in no order that it promises; ranks that talk most are neighbours."""
     import ray
     from ray.util import placement_group_table
 
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     machines: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    return tuple(sorted(machines, key=lambda bundle: (addresses[machines[bundle]] != here, machines[bundle], bundle)))
+    bundles = tuple(sorted(machines, key=lambda bundle: (addresses[machines[bundle]] != here, machines[bundle], bundle)))
+    return bundles, tuple(machines[bundle] for bundle in bundles)
 
 
 def stop() -> None:
@@ -145,14 +149,26 @@ def _marker() -> dict[str, str]:
     return {processes.RUN_MARKER: marker} if marker else {}
 
 
-def introduced(role: str, actors: Sequence[Any], greetings: Sequence[Any], slots: Slots) -> list[Member]:
-    """greetings: what `alive` of the actors returned, asked before anything long. The number of a member is its place in the list."""
-    calls = [Call(Member(role, number, actor), ref) for number, (actor, ref) in enumerate(zip(actors, greetings, strict=True))]
-    known = answers(calls, start_bound(0.0), "start of the process")
-    return [_introduced(call.member, pid, node, slots) for call, (pid, node) in zip(calls, known, strict=True)]
+def introduced(members: Sequence[Member], greetings: Sequence[Any], slots: Slots, places: Sequence[int]) -> list[Member]:
+    """With process id and node. greetings: what `alive` of them returned, asked before anything long; places: their slots."""
+    calls = [Call(member, ref) for member, ref in zip(members, greetings, strict=True)]
+    known = answers(calls, start_bound(0.0), "start of the process", while_waiting=lambda: _check_machines(members, slots, places))
+    return [_introduced(member, pid, node, slots) for member, (pid, node) in zip(members, known, strict=True)]
 
 
 def _introduced(member: Member, pid: int, node: str, slots: Slots) -> Member:
-    if node != slots.node:
-        return Member(member.role, member.number, member.actor, pid, node)
-    return Member(member.role, member.number, member.actor, pid, node, f"{slots.session_folder}/logs", processes.memory_kills())
+    found = replace(member, pid=pid, node=node)
+    return found if node != slots.node else replace(found, log_folder=f"{slots.session_folder}/logs", memory_kills=processes.memory_kills())
+
+
+def _check_machines(members: Sequence[Member], slots: Slots, places: Sequence[int]) -> None:
+    """Ray goes on looking for a place for a process that was still starting when its machine was lost, and says nothing.
+
+    Raises WorkerFailed.
+    """
+    import ray
+
+    lost = {machine["NodeID"]: machine["NodeManagerAddress"] for machine in ray.nodes() if not machine["Alive"]}
+    for member, place in zip(members, places, strict=True):
+        if address := lost.get(slots.machines[place]):
+            raise WorkerFailed(f"{member} can't start: its machine ({address}) is gone, or Ray on it")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import Plan
@@ -52,9 +51,9 @@ class Replica:
         self.members: list[Member] = []
 
     def ready(self) -> None:
-        found = placement.introduced(_ROLE, self.workers, self._greetings, self._slots)
-        ranks = range(len(found)) if len(found) > 1 else (None,)
-        self.members = [replace(member, number=self.number, rank=rank) for member, rank in zip(found, ranks, strict=True)]
+        ranks = range(len(self.workers)) if len(self.workers) > 1 else (None,)
+        unknown = [Member(_ROLE, self.number, worker, rank=rank) for worker, rank in zip(self.workers, ranks, strict=True)]
+        self.members = placement.introduced(unknown, self._greetings, self._slots, self.places)
         calls = [Call(member, ref) for member, ref in zip(self.members, self._started, strict=True)]
         answers(calls, start_bound(self._timeout), "start of the rollout engine")
 

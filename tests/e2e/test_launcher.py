@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from mindspeed_mm_rl.platforms import network, processes
 from mindspeed_mm_rl.sinks import read_records
+from mindspeed_mm_rl.workers import placement
+from mindspeed_mm_rl.workers.failure import Member, WorkerFailed
+from mindspeed_mm_rl.workers.worker import Worker
 from tests.chaos.processes import PROC
+from tests.plans import whole_plan
 from tests.two_machines import NODE, REPOSITORY, SECOND, TwoMachines
 
 RL = REPOSITORY / "examples/rl"
@@ -116,6 +123,36 @@ def test_whatever_ends_the_run_ends_it_on_both(tmp_path: Path, what: str, codes:
         assert machines.ended() == codes, (machines.console("head"), machines.console("other"))
         assert said in machines.console("other")
         assert ("the launcher (pid" in machines.console("head")) == (what == "the head is killed")
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[placement.Slots, int]]:
+    """Slots on two machines, and the pid of Ray's daemon on the second one."""
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")
+    sizes = {"num_cpus": 2, "object_store_memory": 128 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=sizes | {"include_dashboard": False})
+    second = cluster.add_node(**sizes, node_ip_address=SECOND)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    try:
+        yield (
+            placement.start(replace(whole_plan(tmp_path, tmp_path, tmp_path).run, num_devices=2)),
+            second.all_processes["raylet"][0].process.pid,
+        )
+    finally:
+        placement.stop()
+        cluster.shutdown()
+
+
+def test_a_machine_that_is_lost_before_its_processes_have_started_is_named(two_nodes: tuple[placement.Slots, int]) -> None:
+    """Ray itself waits for it for ever."""
+    slots, daemon = two_nodes
+    os.kill(daemon, signal.SIGSTOP)
+    members = [Member("trainer rank", slot, placement.spawn(slots, Worker, slot, {})) for slot in range(2)]
+    greetings = [member.actor.alive.remote() for member in members]
+    os.kill(daemon, signal.SIGKILL)
+    with pytest.raises(WorkerFailed, match=rf"^trainer rank 1 can't start: its machine \({SECOND}\) is gone, or Ray on it$"):
+        placement.introduced(members, greetings, slots, range(2))
 
 
 def test_a_wrong_master_address_is_told_within_a_minute(lost: tuple[TwoMachines, float]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from mindspeed_mm_rl.config.plan import RolloutPlan
 from mindspeed_mm_rl.models.families import read_architecture
@@ -19,6 +20,7 @@ from mindspeed_mm_rl.weights.host import HostBuffer, WeightHandle
 from tests.e2e.rollout_process import RolloutProcess
 from tests.hf_versions import features_of, picture_tokens
 from tests.host_weights import fill, new_buffer
+from tests.tiny import make_tiny_text
 
 TEMPERATURE = 0.7
 SIZES = [(112, 84), (56, 56), (224, 112), (140, 196)]
@@ -227,6 +229,19 @@ def test_text_model_with_tied_embeddings_equals_hugging_face(process: RolloutPro
         process.receive(TEXT, _handle(tensors), version)
         assert trainer.gap(requests, process.generate(TEXT, requests, {}, 2)) < 1e-4
         trainer.take_a_step(seed=version)
+
+
+def test_experts_are_those_of_the_last_push(tmp_path: Path) -> None:
+    """Some versions pack them when the engine is built. Their groups are made with the first engine of a process."""
+    folders = [make_tiny_text(tmp_path / str(seed), seed, "qwen3_moe", hidden=64, head_dim=32, weight_std=0.15) for seed in range(2)]
+    with RolloutProcess(cache=tmp_path / "vllm_cache") as process:
+        process.build(TEXT, _plan(folders[0]), seed=7)
+        for version, folder in enumerate([*folders, folders[0]]):
+            trainer = Trainer.load(folder)
+            process.receive(TEXT, _handle(list(load_file(folder / "model.safetensors").items())), version)
+            requests = trainer.requests(with_pictures=False)
+            assert trainer.gap(requests, process.generate(TEXT, requests, {}, 2)) < 1e-4
+        process.close(TEXT)
 
 
 def _by_sample(groups: list[RolloutGroup]) -> dict[int, tuple[list[int], list[float]]]:

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from mindspeed_mm_rl.config.plan import RolloutPlan
-from mindspeed_mm_rl.engines.vllm import ranks, weights
+from mindspeed_mm_rl.engines.vllm import ranks, submission, weights
 from mindspeed_mm_rl.engines.vllm.completeness import check_complete, holds_vision
-from mindspeed_mm_rl.engines.vllm.model_class import import_model_class
+from mindspeed_mm_rl.engines.vllm.model_class import import_model_class, with_text_keys
 from mindspeed_mm_rl.models.families import Architecture, read_architecture
 from mindspeed_mm_rl.models.names import PARTS
-from mindspeed_mm_rl.platforms import device, patching
+from mindspeed_mm_rl.platforms import compat, device, patching
 from mindspeed_mm_rl.types import BAN_BIAS, ImageFeatures, ImageInput, Images, Rollout, RolloutGroup, RolloutRequest, Sampling
 from mindspeed_mm_rl.weights.device import Arrivals
 from mindspeed_mm_rl.weights.host import WeightHandle
@@ -44,6 +45,7 @@ class VllmRolloutEngine:
         self._plan = plan
         self._seed = seed
         self._version: int | None = None
+        self._pushes = 0
         self._architecture = read_architecture(plan.hf_path)
         if plan.threads:
             # vLLM turns later calls into a warning.
@@ -91,6 +93,7 @@ class VllmRolloutEngine:
         check_complete(source, self._architecture.raw, PARTS if needs_tower else ("text",))
         weights.receive(llm, source, policy_version)
         self._version = policy_version
+        self._pushes += 1
 
     def generate(self, requests: list[RolloutRequest], images: Images, sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yields each group as soon as its last sample is finished; a closed or failed stream leaves nothing in the engine.
@@ -128,17 +131,17 @@ class VllmRolloutEngine:
                 # Training goes on as if nobody had asked anything in between.
                 weights.drop_caches(llm)
         finally:
-            engine.abort_request(added, internal=True)
+            submission.abort(llm, added)
 
     def _add(self, requests: list[RolloutRequest], images: Images, sampling: Sampling, added: list[str], lengths: dict[int, int]) -> None:
         """Every sample as a request of the engine's. Writes their names, and the tokens of each prompt, into the last two arguments."""
         if len({request.prompt_id for request in requests}) != len(requests):
             raise ValueError("rollout: two requests have the same prompt_id, so their samples could not be told apart")
         for request in requests:
-            rendered = self._render(request, images)
-            lengths[request.prompt_id] = len(rendered["prompt_token_ids"])
+            prepared = self._prepare(request, images)
+            lengths[request.prompt_id] = request.expanded_length
             for sample_id in range(request.prompt_id * sampling.num_samples, (request.prompt_id + 1) * sampling.num_samples):
-                added.append(self._open().llm_engine.add_request(str(sample_id), rendered, self._parameters(sample_id, sampling)))
+                added.append(submission.add(self._open(), str(sample_id), prepared, self._parameters(sample_id, sampling)))
 
     def close(self) -> None:
         """Gives the engine's memory back; the engine can't be used afterwards."""
@@ -166,27 +169,25 @@ class VllmRolloutEngine:
             logit_bias=dict.fromkeys(self._architecture.banned_token_ids, BAN_BIAS) or None,
             # 0 = the sampled token's log-prob and no other.
             logprobs=0 if sampling.with_logprobs else None,
-            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             # Made for this one request: no copy needed.
-            skip_clone=True,
+            **compat.supported_arguments(SamplingParams, {"flat_logprobs": True, "skip_clone": True}),
         )
 
-    def _render(self, request: RolloutRequest, images: Images) -> dict[str, Any]:
+    def _prepare(self, request: RolloutRequest, images: Images) -> Any:
         """The prompt as the engine takes it, images expanded: once for all samples."""
         self._check_fits(request)
         prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
         if request.image_keys:
             prompt |= self._picture_inputs(request, images)
-        (rendered,) = self._open().llm_engine.renderer.render_cmpl([prompt])
-        found = len(rendered["prompt_token_ids"])
+        prepared, found = submission.prepare(self._open(), prompt)
         if found != request.expanded_length:
             raise ValueError(
                 f"prompt {request.prompt_id}: the rollout engine counts {found} tokens after image expansion but the loader counted "
                 f"{request.expanded_length}; both must size pictures by the same min_pixels, max_pixels and preprocessor_config.json"
             )
-        return rendered
+        return prepared
 
     def _check_fits(self, request: RolloutRequest) -> None:
         plan = self._plan
@@ -231,8 +232,11 @@ class VllmRolloutEngine:
             }
         else:
             value = [Image.fromarray(picture.pixels) for picture in pictures]
+        if self._plan.image_embeds and not compat.vllm_renders():
+            # These take a name for all of them together, and have one for the embeddings themselves.
+            return {"multi_modal_data": {"image": value}}
         # The key names the pixels; with other weights the same pixels have other features.
-        names = [f"{key}-{self._version}" for key in request.image_keys]
+        names = [f"{key}-{self._pushes}" for key in request.image_keys]
         return {"multi_modal_data": {"image": value}, "multi_modal_uuids": {"image": names}}
 
 
@@ -241,7 +245,7 @@ def _rollout(output: RequestOutput, policy_version: int) -> Rollout:
     return Rollout(
         sample_id=int(output.request_id),
         token_ids=list(completion.token_ids),
-        logprobs=list(completion.logprobs.logprobs) if completion.logprobs else [],
+        logprobs=list(submission.logprobs(completion)),
         finish="stop" if completion.finish_reason == "stop" else "length",
         policy_version=policy_version,
     )
@@ -253,8 +257,7 @@ def _engine_arguments(plan: RolloutPlan, seed: int, architecture: Architecture) 
         "dtype": plan.dtype,
         "seed": seed,
         # Weights come from the trainer alone, the first ones too.
-        "load_format": weights.LOAD_FORMAT,
-        "weight_transfer_config": weights.weight_transfer_config(),
+        **weights.engine_arguments(),
         "max_model_len": plan.max_model_len,
         "max_num_seqs": plan.max_num_seqs,
         "max_num_batched_tokens": plan.max_num_batched_tokens,
@@ -262,34 +265,41 @@ def _engine_arguments(plan: RolloutPlan, seed: int, architecture: Architecture) 
         "enforce_eager": plan.enforce_eager,
         "enable_prefix_caching": plan.enable_prefix_caching,
         "trust_remote_code": plan.trust_remote_code,
-        # After bans and temperature, as the trainer computes them.
-        "logprobs_mode": "processed_logprobs",
+        # After bans and temperature, as the trainer computes them; versions without the argument are made to do so.
+        **compat.supported_arguments(EngineArgs, {"logprobs_mode": "processed_logprobs"}),
         "disable_log_stats": True,
         "enable_sleep_mode": current_platform.is_sleep_mode_available(),
     }
     arguments |= ranks.engine_arguments(plan)
     if current_platform.is_cpu():
         arguments |= _cpu_arguments(plan, architecture)
+    if compat.vllm_is_0_9():
+        arguments["hf_overrides"] = with_text_keys
     return arguments | (_picture_arguments(plan) if architecture.vision else {})
 
 
 def _cpu_arguments(plan: RolloutPlan, architecture: Architecture) -> dict[str, Any]:
     # The CPU kernel of rope takes the queries of latent attention, [T, heads, dim], for [T, dim]: silently wrong with several heads.
     rope = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}} if architecture.text.latent else {}
+    # Old versions split them whatever they are told, unless everything has room in one step.
+    longest = plan.max_model_len * (1 if compat.vllm_renders() else plan.max_num_seqs)
     return rope | {
         # A prefill that is split over two steps asks the CPU generator of a seeded request for an offset, which it doesn't have.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(plan.max_num_batched_tokens, plan.max_model_len),
-        "kv_cache_memory_bytes": plan.kv_cache_bytes,
+        "max_num_batched_tokens": max(plan.max_num_batched_tokens, longest),
+        **compat.supported_arguments(EngineArgs, {"kv_cache_memory_bytes": plan.kv_cache_bytes}),
     }
 
 
 def _picture_arguments(plan: RolloutPlan) -> dict[str, Any]:
     # A prompt is rendered once per iteration, so a cache of rendered pictures would only hold memory.
-    arguments: dict[str, Any] = {"mm_processor_cache_gb": 0}
+    caches = {"mm_processor_cache_gb": 0, "disable_mm_preprocessor_cache": True}
+    arguments = compat.supported_arguments(EngineArgs, caches)
     if plan.image_embeds:
         # No picture is ever given as pixels: vLLM then leaves the vision tower out.
-        return arguments | {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+        if compat.vllm_renders():
+            return arguments | {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+        return arguments | {"limit_mm_per_prompt": {"image": plan.max_images_per_prompt, "video": 0}}
     return arguments | {
         "limit_mm_per_prompt": {"image": plan.max_images_per_prompt, "video": 0},
         "mm_processor_kwargs": {"size": {"shortest_edge": plan.min_pixels, "longest_edge": plan.max_pixels}},

@@ -9,6 +9,8 @@ from mindspeed_mm_rl.platforms.env import ALLOCATORS
 ROLLOUT_ENV = {
     # The engine lives in the worker's own process: requests, weights and aborts are plain calls.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Before 0.11 there was another engine too, and CPUs and NPUs got that one.
+    "VLLM_USE_V1": "1",
     # Compiling the log-prob ranks costs seconds at the first request and gains nothing at these sizes.
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",

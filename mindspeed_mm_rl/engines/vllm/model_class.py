@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PretrainedConfig
 from vllm import ModelRegistry
 
 from mindspeed_mm_rl.models.families import read_architecture
@@ -19,3 +20,11 @@ def import_model_class(hf_path: str | Path) -> None:
         if name not in ModelRegistry.models:
             raise ValueError(f"{hf_path}/config.json: vLLM doesn't know the architecture {name}")
         ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def with_text_keys(config: PretrainedConfig) -> PretrainedConfig:
+    """Models with vision of vLLM 0.9 look for the sizes of the text model at the top of config.json, where newer files don't have them."""
+    for key, value in config.get_text_config().to_dict().items():
+        if key not in vars(config):
+            setattr(config, key, value)
+    return config

@@ -38,6 +38,10 @@ def engine_arguments(plan: RolloutPlan) -> dict[str, Any]:
     """{} for an engine of one process."""
     if plan.num_ranks == 1:
         return {}
+    if plan.data_parallel_size > 1 and not compat.vllm_renders():
+        raise ValueError(
+            f"rollout: infer_expert_parallel_size is {plan.data_parallel_size}, which needs vLLM 0.18 or newer; with this vLLM set it to 1"
+        )
     seconds = math.ceil(plan.timeout_seconds)
     # Groups that vLLM makes ignore the bound of the world. Old versions have none to give.
     bounds = compat.supported_arguments(EngineArgs, {"distributed_timeout_seconds": seconds, "cpu_distributed_timeout_seconds": seconds})

@@ -1,40 +1,31 @@
-"""New weights into a running vLLM engine by its weight-update API, with a backend of our own.
+"""New weights into a running vLLM engine.
 
-The only file, beside patches/vllm_*.py, that touches vLLM's private parts.
+    from vLLM 0.27   by its weight-update API, with a backend of our own: start_weight_update -> update_weights -> finish_weight_update
+    before           by a method that is mixed into its worker
 
-    start_weight_update -> update_weights (maps the trainer's memory, loads from it) -> finish_weight_update -> caches reset
+Both map the trainer's memory, load from it and keep nothing of it; then caches are dropped. Beside patches/vllm_*.py, only this file and
+those that it imports from this folder, and submission.py, touch vLLM's private parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+from typing import Any
 
 import torch
 from vllm import LLM
-from vllm.config import ModelConfig, WeightTransferConfig
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader import register_model_loader
+from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.reload.layerwise import (
-    finalize_layerwise_reload,
-    get_layerwise_info,
-    initialize_layerwise_reload,
-)
 
-from mindspeed_mm_rl.models.names import canonical_hf_name
+from mindspeed_mm_rl.engines.vllm import loading
+from mindspeed_mm_rl.engines.vllm.extension import WorkerExtension
+from mindspeed_mm_rl.platforms import compat
 from mindspeed_mm_rl.weights.device import Arrivals
-from mindspeed_mm_rl.weights.host import Views, WeightHandle
+from mindspeed_mm_rl.weights.host import WeightHandle
 
-LOAD_FORMAT = "mindspeed_mm_rl_awaited"
-"""The engine argument `load_format` of an engine whose first weights come by `receive`."""
-_BACKEND = "mindspeed_mm_rl"
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_VISION_PREFIXES = ("visual.", "model.visual.")
+_LOAD_FORMAT = "mindspeed_mm_rl_awaited"
 
 
-@register_model_loader(LOAD_FORMAT)
 class AwaitedWeights(BaseModelLoader):
     """Zeros until the trainer sends weights; nothing is read from disk.
 
@@ -48,84 +39,55 @@ class AwaitedWeights(BaseModelLoader):
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         for parameter in model.parameters():
             parameter.data.zero_()
+        loading.remember(model)
 
 
-@dataclass
-class _Init(WeightTransferInitInfo):
-    pass
+def engine_arguments() -> dict[str, Any]:
+    """Of an engine whose first weights come by `receive`."""
+    if compat.vllm_has_update_api():
+        from mindspeed_mm_rl.engines.vllm.official import weight_transfer_config
+
+        return {"load_format": _load_format(), "weight_transfer_config": weight_transfer_config()}
+    return {"load_format": _load_format(), "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"}
 
 
-@dataclass
-class _Update(WeightTransferUpdateInfo):
-    source: WeightHandle | Arrivals
+@functools.cache
+def _load_format() -> str | type[BaseModelLoader]:
+    if compat.vllm_is_0_9():
+        return AwaitedWeights
+    from vllm.model_executor.model_loader import register_model_loader
 
-
-class CarriedWeights(WeightTransferEngine[_Init, _Update]):
-    """Loads what either carrier brings; layers of which it brings nothing keep their weights."""
-
-    init_info_cls = _Init
-    update_info_cls = _Update
-
-    def init_transfer_engine(self, init_info: _Init) -> None:
-        pass
-
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: _Update) -> None:
-        source = update_info.source
-        has_head = any(slot.name == _HEAD for slot in source.slots)
-        for views in source.chunks():
-            self.model.load_weights(self._wanted(views, has_head))
-            if isinstance(source, Arrivals):
-                self._keep_what_waits()
-
-    def _wanted(self, views: Views, has_head: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        """Without the vision tower where the engine was built without one; with the head that a tied model doesn't send.
-
-        vLLM keeps the old head of a tied model on CPU, where it computes from a packed copy, unless the head is loaded by its own name.
-        """
-        has_vision = any(name.startswith(_VISION_PREFIXES) for name, _ in self.model.named_parameters())
-        yield from ((name, view) for name, view in views if has_vision or not name.startswith(_VISION_PREFIXES))
-        if not has_head:
-            yield from ((_HEAD, view) for name, view in views if canonical_hf_name(name) == _EMBEDDING)
-
-    def _keep_what_waits(self) -> None:
-        """A layer takes its tensors when it has all of them, and the rest of them may come with the next chunk, over this one."""
-        for layer in self.model.modules():
-            for _, call in get_layerwise_info(layer).loaded_weights:
-                tensors = {name: value for name, value in call.arguments.items() if isinstance(value, torch.Tensor) and not value.is_meta}
-                call.arguments.update({name: tensor.clone() for name, tensor in tensors.items()})
-
-    def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-
-    def shutdown(self) -> None:
-        pass
-
-
-def weight_transfer_config() -> WeightTransferConfig:
-    """The engine argument that makes `receive` possible."""
-    if _BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(_BACKEND, CarriedWeights)
-    return WeightTransferConfig(backend=_BACKEND)
+    register_model_loader(_LOAD_FORMAT)(AwaitedWeights)
+    return _LOAD_FORMAT
 
 
 def open_receiver(llm: LLM) -> None:
     """Once, after the engine is built."""
-    llm.init_weight_transfer_engine({"init_info": {}})
+    if compat.vllm_has_update_api():
+        llm.init_weight_transfer_engine({"init_info": {}})
+    if compat.vllm_is_0_9():
+        llm.collective_rpc(WorkerExtension.score_processed_logits.__name__)
 
 
 def receive(llm: LLM, source: WeightHandle | Arrivals, policy_version: int) -> None:
     """Copies the weights into the engine's own (packed) memory, keeping nothing of the shared one, and drops what the old ones computed."""
-    llm.start_weight_update()
-    llm.update_weights({"update_info": {"source": source}})
-    llm.finish_weight_update(weight_version=str(policy_version))
+    if compat.vllm_has_update_api():
+        llm.start_weight_update()
+        llm.update_weights({"update_info": {"source": source}})
+        llm.finish_weight_update(weight_version=str(policy_version))
+    else:
+        llm.collective_rpc(WorkerExtension.load_carried_weights.__name__, args=(source,))
     drop_caches(llm)
 
 
 def drop_caches(llm: LLM) -> None:
     """Keys and values of prompts, and features of pictures. Raises RuntimeError while a request runs."""
-    if not llm.reset_prefix_cache():
+    engine = llm.llm_engine
+    if compat.vllm_renders():
+        is_dropped = llm.reset_prefix_cache()
+        engine.reset_encoder_cache()
+    else:
+        # Its method returns nothing. Features of pictures are kept no longer than their request.
+        is_dropped = engine.engine_core.engine_core.scheduler.reset_prefix_cache()
+    if not is_dropped:
         raise RuntimeError("rollout: the prefix cache still holds keys and values; it is only dropped while no request runs")
-    llm.llm_engine.reset_encoder_cache()
