@@ -53,8 +53,8 @@ def answers(
     awaited: Sequence[Call] = (),
     while_waiting: Callable[[], None] = lambda: None,
 ) -> list[Any]:
-    """All answers, in the order of the calls. awaited: other calls, whose workers these may be waiting for; while_waiting: called about once
-    a second.
+    """All answers, in the order of the calls. awaited: other calls, whose workers these may be waiting for; while_waiting: called about
+    once a second.
 
     Raises WorkerDied, WorkerFailed (a worker raised, or was silent for too long) or ValueError (a worker refuses what the user asked for).
     """
