@@ -43,16 +43,7 @@ def rank_of(plan: TrainPlan, rank: int, world_size: int) -> Iterator[None]:
     from mindspeed_mm_rl.engines.megatron import process_groups
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    virtual = len(plan.pipeline_layers)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=plan.tensor_parallel_size,
-        pipeline_model_parallel_size=plan.pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        context_parallel_size=plan.context_parallel_size,
-        expert_model_parallel_size=plan.expert_parallel_size,
-        expert_tensor_parallel_size=plan.expert_tensor_parallel_size,
-        create_gloo_process_groups=False,
-    )
+    parallel_state.initialize_model_parallel(**process_groups.group_sizes(plan), create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
     try:
         yield

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import pickle
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from mindspeed_mm_rl.platforms import processes
-from mindspeed_mm_rl.weights.device import DevicePush, Inbox
+from mindspeed_mm_rl.weights.device import Address, DevicePush, Inbox
 from mindspeed_mm_rl.weights.host import WeightHandle, open_views
 from mindspeed_mm_rl.weights.push import WeightPush
 from tests.spread_weights import SPREADS, Spread
@@ -43,7 +43,7 @@ def _train(rank: int, store: dist.Store, spread: Spread, readers: Sequence[int],
     found, grown = [], []
     for number, weights in enumerate(models):
         dies = -1 - rank in readers
-        address = pickle.loads(store.get(f"{number}/{rank}")) if rank in readers or dies and number == 0 else None
+        address = _address(store, number, rank) if rank in readers or dies and number == 0 else None
         processes.reset_peak_resident()
         before = processes.peak_resident_bytes()
         push.send(weights, address)
@@ -55,11 +55,16 @@ def _train(rank: int, store: dist.Store, spread: Spread, readers: Sequence[int],
     return [found, max(grown)]
 
 
+def _address(store: dist.Store, number: int, rank: int) -> Address:
+    name, key = json.loads(store.get(f"{number}/{rank}"))
+    return Address(name, bytes.fromhex(key))
+
+
 def _read(store: dist.Store, reader: int) -> list:
     found, largest, rank, lists = [], 0, max(reader, -1 - reader), []
     for number in range(PUSHES):
         inbox, got = Inbox(), {}
-        store.set(f"{number}/{rank}", pickle.dumps(inbox.address))
+        store.set(f"{number}/{rank}", json.dumps([inbox.address.name, inbox.address.key.hex()]))
         with inbox.accepted(1) as arrivals:
             for views in arrivals.chunks():
                 assert not any(lists), "memory of a chunk that is over is still held"

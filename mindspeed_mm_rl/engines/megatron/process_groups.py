@@ -29,21 +29,25 @@ def initialize(plan: TrainPlan, rank: int, world_size: int, meeting: str | dist.
     build_groups(plan)
 
 
+def group_sizes(plan: TrainPlan) -> dict[str, int | None]:
+    """Arguments of megatron's initialize_model_parallel."""
+    virtual = len(plan.pipeline_layers)
+    return {
+        "tensor_model_parallel_size": plan.tensor_parallel_size,
+        "pipeline_model_parallel_size": plan.pipeline_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        "context_parallel_size": plan.context_parallel_size,
+        "expert_model_parallel_size": plan.expert_parallel_size,
+        "expert_tensor_parallel_size": plan.expert_tensor_parallel_size,
+    }
+
+
 def build_groups(plan: TrainPlan) -> None:
     """Megatron's groups over a world that is there, and the random states that depend on them."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    virtual = len(plan.pipeline_layers)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=plan.tensor_parallel_size,
-        pipeline_model_parallel_size=plan.pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        context_parallel_size=plan.context_parallel_size,
-        expert_model_parallel_size=plan.expert_parallel_size,
-        expert_tensor_parallel_size=plan.expert_tensor_parallel_size,
-        distributed_timeout_minutes=plan.timeout_seconds / 60,
-    )
+    parallel_state.initialize_model_parallel(**group_sizes(plan), distributed_timeout_minutes=plan.timeout_seconds / 60)
     device.seed_everything(plan.seed)
     model_parallel_cuda_manual_seed(plan.seed)
 
