@@ -69,9 +69,9 @@ check_machine() {
     if [ -d "$VENV" ] && [ "$(default_device)" != "$DEVICE" ]; then
         fail "$VENV was made for $(default_device): remove it, or give this one another place (VENV=.venv-$DEVICE bash scripts/install.sh $DEVICE)."
     fi
+    "check_$DEVICE"
     free_gib=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
     [ "$free_gib" -ge "$NEEDED_GIB" ] || fail "$free_gib GiB free in $PWD, $NEEDED_GIB GiB needed while packages are unpacked; $SIZE_GIB of them stay."
-    "check_$DEVICE"
 }
 
 check_cpu() { :; }

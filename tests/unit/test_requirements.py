@@ -86,15 +86,22 @@ def test_each_lock_is_a_combination(device):
 
 @pytest.mark.parametrize("device", ["cuda", "npu"])
 def test_the_installer_refuses_a_machine_without_the_device_and_shows_what_it_would_do(device, tmp_path):
-    # A driver would be found beside the other commands.
-    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv")}
+    if Path("/dev/nvidiactl").exists() or Path("/dev/davinci_manager").exists():
+        pytest.skip("this machine has a device")
+    # A driver would be found beside the other commands. A full disk is not what the user hears of first.
+    full_disk = tmp_path / "commands" / "df"
+    full_disk.parent.mkdir()
+    full_disk.write_text("#!/bin/sh\necho Filesystem 1024-blocks Used Available Capacity Mounted\necho /dev/sda 9 9 0 100% /\n")
+    full_disk.chmod(0o755)
+    environment = {"PATH": f"{full_disk.parent}:/usr/bin:/bin", "VENV": str(tmp_path / "venv")}
     command = ["bash", "scripts/install.sh", device]
     refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     shown = subprocess.run(command, cwd=ROOT, env=environment | {"DRY_RUN": "1"}, capture_output=True, text=True, timeout=60)
-    if not Path("/dev/nvidiactl").exists() and not Path("/dev/davinci_manager").exists():
-        assert (refused.returncode, "no NVIDIA driver" in refused.stderr or "no NPU driver" in refused.stderr) == (1, True)
+    full = subprocess.run(command, cwd=ROOT, env=environment | {"WITHOUT_DEVICE": "1"}, capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, f"no {'NVIDIA' if device == 'cuda' else 'NPU'} driver" in refused.stderr) == (1, True), refused.stderr
     assert (shown.returncode, f"-r requirements/{device}.txt" in shown.stdout) == (0, True)
     assert ("VLLM_TARGET_DEVICE=empty" in shown.stdout) == (device == "npu")
+    assert (full.returncode, "0 GiB free" in full.stderr) == (1, True), full.stderr
     assert not (tmp_path / "venv").exists()
 
 
