@@ -6,9 +6,12 @@ A process imports torch and megatron once (some ten seconds); a job that fails o
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -75,6 +78,9 @@ class RankPool:
     def close(self) -> None:
         for process, pipe in self._ranks:
             pipe.close()
+            # The process that megatron keeps for the results of its saves outlives the rank.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process, _ in self._ranks:
             process.join()
@@ -94,6 +100,7 @@ def _started() -> tuple[Any, Connection]:
 
 
 def _serve(pipe: Connection) -> None:
+    os.setpgrp()
     while True:
         try:
             job, rank, world, address, arguments = pipe.recv()

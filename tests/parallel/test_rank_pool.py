@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 
+import psutil
 import pytest
 
 from tests.rank_pool import RankPool
@@ -47,7 +49,31 @@ def test_ranks_answer_in_their_order_and_are_used_again() -> None:
     ],
 )
 def test_a_rank_that_fails_is_named_and_replaced(job, seconds: float, told: str) -> None:
-    with RankPool(seconds) as pool:
+    with RankPool(60.0) as pool:
+        # Processes that have started: a slow machine takes longer for that than the job may.
+        pool.run(2, number)
+        pool.seconds = seconds
         with pytest.raises(RuntimeError, match=f"(?s){told}"):
             pool.run(2, job)
+        pool.seconds = 60.0
         assert [answer[0] for answer in pool.run(2, number)] == [0, 1]
+
+
+def starts_another(rank: int, world: int, address: str) -> int:
+    return subprocess.Popen(["sleep", "600"]).pid
+
+
+def test_what_a_rank_has_started_ends_with_it() -> None:
+    with RankPool(seconds=60.0) as pool:
+        (pid,) = pool.run(1, starts_another)
+    end = time.monotonic() + 30
+    while _runs(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
