@@ -19,6 +19,7 @@ KNOWN_VERSIONS = {
     "torchvision": ">=0.20,<0.30",
     "numpy": ">=1.26,<3",
     "vllm": ">=0.9.1,<0.33",
+    "vllm-ascend": ">=0.9.1,<0.12",
     "mindspeed": ">=0.12,<0.17",
 }
 """Package -> versions of which it was read in the source, or run, which patches they need."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.multiprocessing import reductions
 
 from mindspeed_mm_rl.platforms import plain
+from mindspeed_mm_rl.platforms.compat import supported_arguments
 from mindspeed_mm_rl.platforms.grouped import GroupedKernel, grouped_product
 from mindspeed_mm_rl.platforms.packed_sdpa import Segments, packed_sdpa
 from mindspeed_mm_rl.platforms.plain import rope, swiglu
@@ -80,7 +81,8 @@ def packed_attention(
         max(segments.keys),
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=query.shape[1] != key.shape[1],
+        # torch 2.11 takes fewer heads of keys without being told.
+        **supported_arguments(varlen_attn, {"enable_gqa": query.shape[1] != key.shape[1]}),
     )
 
 

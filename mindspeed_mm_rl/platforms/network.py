@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import ipaddress
+import random
 import socket
 import struct
 
@@ -12,6 +13,8 @@ _GET_INTERFACE_ADDRESS = 0x8915
 _NAME_BYTES = 15
 _ANY_PORT = 9
 """Nothing is sent: connecting a datagram socket only asks for the route."""
+_QUIET_PORTS = range(20000, 32000)
+"""Above those of Ray's workers, below those of outgoing connections, one of which might come before the listener."""
 
 
 def by_interface() -> dict[str, str]:
@@ -71,6 +74,15 @@ def is_free(address: str, port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def free_port(address: str) -> int:
+    """Where somebody may listen. Raises OSError where there is none."""
+    # Not the random state of the program, which runs with the same seed share.
+    for port in random.SystemRandom().sample(_QUIET_PORTS, len(_QUIET_PORTS)):
+        if is_free(address, port):
+            return port
+    raise OSError(f"no port from {_QUIET_PORTS[0]} to {_QUIET_PORTS[-1]} of {address} is free")
 
 
 def unreachable(host: str, port: int, within_seconds: float) -> str:

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -23,7 +23,7 @@ _MASK_SIDE = 2048
 """The kernel wants the upper triangle of one block of this size, whatever the lengths."""
 _LOWER_RIGHT, _NO_MASK = 3, 0
 """Its sparse modes."""
-_BY_ROWS, _BY_COLUMNS, _ONE_OUTPUT, _ENDS = 0, 2, 3, 0
+_BY_ROWS, _ONE_OUTPUT, _ENDS = 0, 3, 0
 """Of the grouped product: what is cut into groups, of the left matrix; one tensor comes out; the groups are told by their ends."""
 
 
@@ -158,20 +158,18 @@ def grouped_matmul(tokens: torch.Tensor, weights: Sequence[torch.Tensor], counts
 
 
 def _rows(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    return _grouped(rows, matrices, ends, _BY_ROWS)
-
-
-def _weights(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    return _grouped(left.t(), right, ends, _BY_COLUMNS)
-
-
-def _grouped(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor, cut: int) -> torch.Tensor:
     import torch_npu
 
     (product,) = torch_npu.npu_grouped_matmul(
-        [left], [right], group_list=ends, split_item=_ONE_OUTPUT, group_type=cut, group_list_type=_ENDS
+        [rows], [matrices], group_list=ends, split_item=_ONE_OUTPUT, group_type=_BY_ROWS, group_list_type=_ENDS
     )
     return product
+
+
+def _weights(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """One product after the other: the fused one refuses to cut columns before torch_npu 2.7."""
+    groups = pairwise((0, *ends.tolist()))
+    return torch.stack([left[first:last].t() @ right[first:last] for first, last in groups])
 
 
 GROUPED = GroupedKernel(rows=_rows, weights=_weights, ends=torch.int64)

@@ -33,10 +33,11 @@ def share(kind: Kind, part: float) -> dict[str, Any]:
 
 
 _OWN_DEVICES_ONLY = {
-    "cuda": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"},
-    "npu": {"RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": "0"},
+    "cuda": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": ""},
+    "npu": {"RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": ""},
 }
-"""With 1, which is usual where a program counts devices by itself, every worker would take the first device of its node."""
+"""With 1, which is usual where a program counts devices by itself, every worker would take the first device of its node. Ray 2.51 and
+older only ask whether there is a value, and 0 is one."""
 _DEFAULTS = {
     # Collectives and kernels queue up in the order in which megatron's overlaps issue them.
     "cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
@@ -50,8 +51,9 @@ _DEFAULTS = {
     },
 }
 _DETERMINISTIC = {
-    # cuBLAS wants workspaces of a fixed size; sums within a switch come in any order, those along rings and trees in one.
-    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"},
+    # cuBLAS wants workspaces of a fixed size; sums within a switch come in any order, those along rings and trees in one. NCCL_ALGO=^NVLS
+    # would leave the trees of several machines that have a switch in each.
+    "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"},
     "npu": {
         "HCCL_DETERMINISTIC": "true",
         "LCCL_DETERMINISTIC": "1",

@@ -62,6 +62,19 @@ def test_all_kinds_give_the_same_weights(tiny_vl, mm_folder, training_save):
         assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_file_is_mapped_as_torch_npu_wants_it(tiny_vl, mm_folder, monkeypatch):
+    """Its load, which takes the place of torch's, raises TypeError for a path that isn't text."""
+    mapped, load_file = [], torch.load
+
+    def noted(file, **options):
+        mapped.append((type(file), options["mmap"]))
+        return load_file(file, **options)
+
+    monkeypatch.setattr(torch, "load", noted)
+    assert read_megatron_weights(mm_folder, load(tiny_vl)[1])
+    assert set(mapped) == {(str, True)}
+
+
 def test_a_file_may_repeat_the_tied_embedding(tiny_text, tmp_path):
     weights, config = load(tiny_text)
     expected = to_megatron(weights, config)

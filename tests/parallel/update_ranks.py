@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,22 @@ def make_batch() -> Batch:
     )
 
 
+def _without_float64(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
+    """As on an NPU, where such a tensor would come back as it was: MindSpeed reduces a copy of it."""
+
+    @functools.wraps(all_reduce)
+    def reduce(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        assert tensor.dtype is not torch.float64
+        return all_reduce(tensor, *arguments, **named)
+
+    return reduce
+
+
 def run(rank: int, world: int, model: Path, address: str, folder: Path, groups: int) -> None:
     """All gradients and metrics of one update per setting to folder/GROUPS_WORLD.pt; groups: how many of the batch's five are used."""
     from mindspeed_mm_rl.platforms import device
 
+    torch.distributed.all_reduce = _without_float64(torch.distributed.all_reduce)
     device.adapt_megatron()
     device.set_threads(1)
     from mindspeed_mm_rl.algorithms.losses import PolicyLossSettings, ValueLossSettings, clipped_policy_loss, clipped_value_loss

@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mindspeed_mm_rl.platforms import cuda, device, npu, plain, resources
+from mindspeed_mm_rl.platforms.compat import installed_version
 from mindspeed_mm_rl.platforms.grouped import grouped_product
 from mindspeed_mm_rl.platforms.packed_sdpa import Segments
 
@@ -83,6 +85,16 @@ def test_cuda_takes_one_kernel_where_it_can(dtype: torch.dtype, inputs: int, is_
     assert nothing.shape == (0, 8) and nothing.requires_grad
 
 
+def test_the_weights_gradient_of_an_npu_equals_every_row_by_itself():
+    tokens, weights = random_groups(torch.float64)
+    output = one_by_one(tokens, weights)
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    got = npu.GROUPED.weights(gradient, tokens.detach(), torch.tensor([3, 3, 4, 9]))
+    expected = torch.stack([torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights])
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
 @needs_grouped_mm
 def test_only_what_is_trained_gets_a_gradient():
     tokens, weights = random_groups(torch.float32)
@@ -105,6 +117,19 @@ def test_norms_agree():
         torch.testing.assert_close(
             results(norm(hidden, weight, 1e-6), hidden, [weight]), results(expected, hidden, [weight]), atol=2e-6, rtol=0
         )
+
+
+@pytest.mark.skipif(installed_version("torch") < (2, 11), reason=f"torch {torch.__version__} has no such attention over packed sequences")
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_the_packed_attention_of_cuda_fits_its_kernel(kv_heads: int):
+    """The kernel itself needs a GPU; what torch declares of it, forward and backward, goes without numbers."""
+    with FakeTensorMode():
+        segments = Segments.of((3, 1), (3, 1), torch.device("cpu"))
+        heads = [torch.empty(4, count, 64, dtype=torch.bfloat16, requires_grad=True) for count in (8, kv_heads, kv_heads)]
+        output = cuda.packed_attention(*heads, segments, causal=True, scale=0.125)
+        output.sum().backward()
+    assert output.shape == heads[0].shape and output.dtype == torch.bfloat16
+    assert [each.grad.shape for each in heads] == [each.shape for each in heads]
 
 
 def test_the_fused_attention_of_an_npu_gets_no_empty_sequence_and_no_more_than_it_takes():
@@ -149,7 +174,8 @@ def test_the_environment_of_a_worker(monkeypatch: pytest.MonkeyPatch):
     variables = resources.worker_environment("npu", True, given)
     # Workers on other machines, and of a cluster that was there before, inherit nothing from this shell.
     assert (variables["HCCL_HOST_SOCKET_PORT_RANGE"], variables["HCCL_NPU_SOCKET_PORT_RANGE"]) == ("60000-60050", "auto")
-    assert (variables["PYTORCH_NPU_ALLOC_CONF"], variables[noset]) == ("max_split_size_mb:512", "0")
+    # Empty: older Ray asks only whether there is a value, and 0 is one.
+    assert (variables["PYTORCH_NPU_ALLOC_CONF"], variables[noset]) == ("max_split_size_mb:512", "")
     assert (variables["HCCL_DETERMINISTIC"], variables["LCCL_DETERMINISTIC"]) == ("true", "0")
     assert "HCCL_DETERMINISTIC" not in resources.worker_environment("npu", False, {})
     assert resources.worker_environment("cuda", True, {})["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

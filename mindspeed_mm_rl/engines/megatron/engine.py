@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -117,6 +118,12 @@ class MegatronTrainEngine(PublishingEngine):
             values = torch.cat(gaps)
             total, largest = process_groups.data_parallel_sum({"sum": float(values.sum())})["sum"], float(values.max())
         mean, largest = process_groups.world_max([total / request.num_loss_tokens, largest])
+        if math.isinf(largest):
+            # NaN, too; a gradient that isn't finite, which NaN of the trainer's would have made, has been refused before.
+            raise RuntimeError(
+                "log-probs of the rollout engine are not finite; nothing was updated. Look for weights that were pushed half, or a kernel "
+                "of the rollout engine that overflows"
+            )
         bound = self.plan.logprob_gap_bound
         if bound and not largest <= bound:
             raise RuntimeError(

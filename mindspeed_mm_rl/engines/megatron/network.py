@@ -192,7 +192,10 @@ class NetworkEngine:
     def _by_sample(self, networks: list[Any], head: Head, batch: Batch, rows: Sequence[int], images: Images) -> dict[int, torch.Tensor]:
         """The head's first number for each response token, where this rank has the last stage and answers for its replica."""
 
-        self.state.hold("reference" if networks is self.references else "param")
+        is_reference = networks is self.references
+        self.state.hold("reference" if is_reference else "param")
+        if not is_reference:
+            self._whole_where_calls_differ()
 
         def outcome(micro: MicroBatch, network: Any, layout: PackedLayout, hidden: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
             return self._at_responses(head, micro, network, layout, hidden)[0]
@@ -216,6 +219,7 @@ class NetworkEngine:
             return loss, torch.ones((), dtype=torch.int, device=loss.device), {k: v.detach() for k, v in metrics.items()}
 
         self.state.hold("param", "grad", "optimizer")
+        self._whole_where_calls_differ()
         micros, _ = self._in_step(request.batch, request.rows)
         for model in self.models:
             model.zero_grad_buffer()
@@ -240,6 +244,11 @@ class NetworkEngine:
         if self.plan.optimizer.overlap_param_gather:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
+
+    def _whole_where_calls_differ(self) -> None:
+        """overlap_param_gather collects what is called in the order of calls, in which a rank without pictures leaves the encoder out."""
+        if self.plan.with_vision and not self.vision_is_frozen:
+            self.whole_parameters()
 
     # ------------------------------------------------------------------ saves
 

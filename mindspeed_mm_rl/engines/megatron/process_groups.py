@@ -92,26 +92,32 @@ def speaks() -> bool:
 
 
 def world_max(values: Sequence[float]) -> list[float]:
-    """Over all ranks, pipeline stages included. NaN counts as infinite: gloo's maximum loses a NaN of any rank but the first."""
-    return _reduced([math.inf if math.isnan(value) else value for value in values], dist.ReduceOp.MAX, dist.group.WORLD)
+    """Over all ranks, pipeline stages included. NaN counts as infinite."""
+    return _everybodys([math.inf if math.isnan(value) else value for value in values], dist.group.WORLD).amax(0).tolist()
 
 
 def data_parallel_sum(values: dict[str, float]) -> dict[str, float]:
     """Sums of the same-named values over the data-parallel ranks (they hold different samples)."""
     from megatron.core import parallel_state
 
-    group = parallel_state.get_data_parallel_group()
-    return dict(zip(values, _reduced(list(values.values()), dist.ReduceOp.SUM, group), strict=True))
+    sums = _everybodys(list(values.values()), parallel_state.get_data_parallel_group()).sum(0)
+    return dict(zip(values, sums.tolist(), strict=True))
 
 
 def data_parallel_max(value: float) -> float:
     from megatron.core import parallel_state
 
-    return _reduced([value], dist.ReduceOp.MAX, parallel_state.get_data_parallel_group())[0]
+    return float(_everybodys([value], parallel_state.get_data_parallel_group()).amax())
 
 
-def _reduced(values: list[float], op: dist.ReduceOp, group: dist.ProcessGroup) -> list[float]:
-    reduced = torch.tensor(values, dtype=torch.float64, device=device.current())
-    if dist.get_world_size(group) > 1:
-        dist.all_reduce(reduced, op=op, group=group)
-    return reduced.tolist()
+def _everybodys(values: list[float], group: dist.ProcessGroup) -> torch.Tensor:
+    """float64 [ranks, values] on the host.
+
+    Sent as whole numbers of the same bits: no reduction of an NPU takes float64, and the all_reduce that MindSpeed puts in place leaves
+    such a tensor as it was, without an error.
+    """
+    own = torch.tensor(values, dtype=torch.float64).view(torch.int64).to(device.current())
+    ranks = dist.get_world_size(group)
+    every = own.new_empty(ranks * len(values))
+    dist.all_gather_into_tensor(every, own, group=group)
+    return every.cpu().view(torch.float64).view(ranks, len(values))

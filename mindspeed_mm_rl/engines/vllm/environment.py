@@ -14,6 +14,10 @@ ROLLOUT_ENV = {
     # Compiling the log-prob ranks costs seconds at the first request and gains nothing at these sizes.
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    # vllm-ascend's faster vision tower pads its weights while they are loaded, and can't load a second time.
+    "USE_OPTIMIZED_MODEL": "0",
+    # From 0.11 on it keeps them in a format of the chip, and refuses to wake up with it.
+    "VLLM_ASCEND_ENABLE_NZ": "0",
     # Users' files set it for another launcher; here the configuration alone says it.
     "VLLM_DP_SIZE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",

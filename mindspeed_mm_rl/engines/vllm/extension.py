@@ -1,4 +1,5 @@
-"""What vLLM's worker can't do itself before 0.27: load new weights, and before 0.10 return log-probs of the policy that it samples from."""
+"""What vLLM's worker can't do itself before 0.27: load new weights, and, before 0.10 or on an NPU, return log-probs of the policy that it
+samples from."""
 
 from __future__ import annotations
 
@@ -34,6 +35,9 @@ class WorkerExtension:
     def score_processed_logits(self) -> None:
         """Once: the sampler takes logits after bias and temperature for the model's, so that its log-probs are those of the policy."""
         sampler = self.model_runner.sampler
+        if not compat.vllm_is_0_9():
+            sampler.logprobs_mode = sampler.topk_topp_sampler.logprobs_mode = "processed_logprobs"
+            return
         sample = sampler.forward
 
         def sample_processed(logits: torch.Tensor, sampling_metadata: Any) -> Any:

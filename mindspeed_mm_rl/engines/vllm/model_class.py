@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 from vllm import ModelRegistry
+from vllm.plugins import load_general_plugins
 
 from mindspeed_mm_rl.models.families import read_architecture
 
@@ -16,6 +17,8 @@ def import_model_class(hf_path: str | Path) -> None:
     vLLM would inspect the class in a fresh Python process (to keep CUDA untouched before a fork, which doesn't happen here). That costs
     seconds, and that process doesn't import this package, so on CPU builds of torch its import of torchvision fails.
     """
+    # vllm-ascend brings classes of its own, and mends what keeps vLLM's from being imported beside torch 2.5.
+    load_general_plugins()
     for name in read_architecture(hf_path).raw.get("architectures", []):
         if name not in ModelRegistry.models:
             raise ValueError(f"{hf_path}/config.json: vLLM doesn't know the architecture {name}")

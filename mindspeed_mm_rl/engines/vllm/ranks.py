@@ -52,6 +52,8 @@ def engine_arguments(plan: RolloutPlan) -> dict[str, Any]:
         # With it a rank that has nothing left might take no step where the others wait for one.
         **({"async_scheduling": False} if plan.data_parallel_size > 1 else {}),
         "distributed_executor_backend": "external_launcher",
+        # vLLM's own kernel looks up the other ranks' devices among those that the process sees, which is one: IndexError.
+        "disable_custom_all_reduce": True,
         **bounds,
     }
 

@@ -16,6 +16,7 @@ import torch
 from vllm import LLM
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.platforms import current_platform
 
 from mindspeed_mm_rl.engines.vllm import loading
 from mindspeed_mm_rl.engines.vllm.extension import WorkerExtension
@@ -65,7 +66,8 @@ def open_receiver(llm: LLM) -> None:
     """Once, after the engine is built."""
     if compat.vllm_has_update_api():
         llm.init_weight_transfer_engine({"init_info": {}})
-    if compat.vllm_is_0_9():
+    elif compat.vllm_is_0_9() or current_platform.is_out_of_tree():
+        # vllm-ascend builds its sampler without the engine's logprobs_mode.
         llm.collective_rpc(WorkerExtension.score_processed_logits.__name__)
 
 
