@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
+from shutil import disk_usage
 from threading import Event, Lock
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
@@ -48,9 +51,10 @@ class Work:
             yield
 
     def write(self, files: Sequence[TensorFile]) -> None:
-        """Writes all files, `workers` tensors at a time. Raises what the first tensor that fails raises."""
+        """Writes all files, `workers` tensors at a time. Raises what the first tensor that fails raises; ValueError: no room."""
         opened = [_Opened(file) for file in files]
         total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+        _check_room(files[0].path.parent, total)
         with self.shown(total), ThreadPoolExecutor(self.workers) as pool, self._stopping():
             futures = [pool.submit(self._unless_stopped, step) for file in opened for step in file.steps()]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -75,6 +79,13 @@ class Work:
         if self._stop.is_set():
             raise Stopped
         step()
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """folder: need not be there yet. A large model would fill the disk for minutes before it failed."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (free := disk_usage(place).free) < needed:
+        raise ValueError(f"{place.parent} has room for {decimal(free)}, but {decimal(needed)} are to be written; make room there")
 
 
 class _Opened:

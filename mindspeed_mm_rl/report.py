@@ -123,5 +123,6 @@ def report_evaluation(output: Path, best: int | None) -> Table | None:
     table = evaluation_table(read_records(output / "metrics.jsonl"), best)
     if table is not None:
         with (output / "table.txt").open("a", encoding="utf-8") as file:
-            Console(file=file, width=140).print(table)
+            # FORCE_COLOR is for terminals.
+            Console(file=file, width=140, force_terminal=False).print(table)
     return table

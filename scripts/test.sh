@@ -25,6 +25,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
 export OMP_WAIT_POLICY=PASSIVE
 export HF_HUB_OFFLINE=1
+export PYTHONUTF8=1
 
 say() { echo "[test] $*"; }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -11,6 +13,22 @@ import pytest
 
 # Before any test imports transformers: it makes torchvision importable beside a CPU build of torch.
 import mindspeed_mm_rl  # noqa: F401
+from mindspeed_mm_rl.platforms import env
+
+_OF_THE_SHELL = (
+    "DEFAULT_YAML", "NNODES", "NPUS_PER_NODE", "MASTER_ADDR", "NODE_RANK", "CURRENT_IP", "SOCKET_IFNAME", "RAY_PORT", "RAY_ADDRESS",
+    "WAIT_SECONDS", "MAX_RESTARTS", "COLUMNS",
+)  # fmt: skip
+_LONGEST_FOLDER_OF_SOCKETS = 39
+
+
+def pytest_configure() -> None:
+    """What the shell around has set for runs of its own is not for the tests."""
+    for name in (*_OF_THE_SHELL, *env.ALLOCATORS):
+        env.remove(name)
+    os.umask(0o022)
+    if len(tempfile.gettempdir()) > _LONGEST_FOLDER_OF_SOCKETS:
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -79,7 +79,7 @@ MODES = {
     "PP2xDP2+dist.opt.+overlap": _mode(4, _OVERLAP, pp=2),
     "PP2+VPP2xDP2+dist.opt.+overlap": _mode(4, _OVERLAP, pp=2, pipeline_layers=((1, 1), (1, 1))),
     "EP2": _mode(2, ep=2),
-    "EP2+dist.opt.+overlap": _mode(2, _OVERLAP, ep=2),
+    "EP2xDP2+dist.opt.+overlap": _mode(4, _OVERLAP, ep=2),
     "TP2xEP2": _mode(4, tp=2, ep=2),
     "TP2xEP2, ETP2": _mode(4, tp=2, ep=2, etp=2),
     "PP2xEP2": _mode(4, pp=2, ep=2),

@@ -24,7 +24,8 @@ PROMPT_LENGTHS = (5, 31, 12, 7, 19)
 ADVANTAGES = (1.5, 0.5, -0.5, 2.0, 1.0, 0.75, 2.5, -1.0, 0.25, 1.25)
 """Far from a mean of 0, or the loss would be a small difference of large numbers, and nothing could be said of its digits."""
 PICTURES = ((112, 84), (56, 56), (140, 196))
-PICTURES_OF_PROMPT = ((), (0, 2), (1,), (), (2,))
+PICTURES_OF_PROMPT = ((1,), (0, 2), (), (1,), (2,))
+"""The first pass of a rank may begin in the vision encoder, or without it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def run(rank: int, world: int, address: str, plan: TrainPlan, reference: Path, i
 
     device.set_threads(1)
     device.adapt_megatron()
+    _many_buckets()
     from mindspeed_mm_rl.engines.megatron import process_groups
 
     process_groups.initialize(plan, rank, world, address)
@@ -54,6 +56,15 @@ def run(rank: int, world: int, address: str, plan: TrainPlan, reference: Path, i
         return _train(_critic(plan) if is_critic else _policy(plan), reference, is_reference=world == 1)
     finally:
         process_groups.destroy()
+
+
+def _many_buckets() -> None:
+    """Megatron sums and collects 40 million numbers at a time: of a real model there are many such buckets, of a tiny one there would be
+    one."""
+    from megatron.core import distributed
+
+    if not isinstance(distributed.DistributedDataParallelConfig, functools.partial):
+        distributed.DistributedDataParallelConfig = functools.partial(distributed.DistributedDataParallelConfig, bucket_size=20_000)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _VISION = "image_encoder."
 WRITTEN = 1_700_000_000.0
 
 
-def contents(plan: Plan, iteration: int, **changes: Any) -> dict[str, Any]:
+def contents(plan: Plan, iteration: int, /, **changes: Any) -> dict[str, Any]:
     """state.json of a run that draws prompts_per_generation prompts in each iteration; a later iteration is written later."""
     loader = PromptLoader(plan.data)
     data = loader.state() | {"rows": iteration * plan.run.prompts_per_generation, "prompts": iteration * plan.run.prompts_per_generation}
@@ -29,7 +29,7 @@ def contents(plan: Plan, iteration: int, **changes: Any) -> dict[str, Any]:
     return state | changes
 
 
-def make_saves(plan: Plan, *iterations: int, **changes: Any) -> SaveFolder:
+def make_saves(plan: Plan, /, *iterations: int, **changes: Any) -> SaveFolder:
     """Whole saves in plan.run.save, with the weights that the plan's networks begin with; `changes` are keys of state.json."""
     saves, config = SaveFolder(Path(plan.run.save)), read_config(plan.train.hf_path)
     weights = {ACTOR_FOLDER: _held(read_megatron_weights(plan.train.load, config), plan.train.with_vision)}

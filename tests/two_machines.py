@@ -51,7 +51,7 @@ class TwoMachines:
             "RAY_PORT": free_address().rpartition(":")[2],
             "RAY_TMPDIR": str(self.ray_folder),
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
-            "WAIT_SECONDS": "200",
+            "WAIT_SECONDS": "400",
         } | variables
 
     def __enter__(self) -> TwoMachines:
@@ -75,14 +75,14 @@ class TwoMachines:
     def console(self, name: str) -> str:
         return (self.folder / f"{name}.txt").read_text(errors="replace")
 
-    def wait_for(self, file: str, seconds: float = 200.0) -> None:
+    def wait_for(self, file: str, seconds: float = 400.0) -> None:
         """Until somebody has made it in the working directory."""
         end = time.monotonic() + seconds
         while not (self.folder / file).exists():
             assert self.head.poll() is None and time.monotonic() < end, f"{self.console('head')}\n{self.console('other')}"
             time.sleep(0.1)
 
-    def ended(self, seconds: float = 120.0) -> tuple[int, int]:
+    def ended(self, seconds: float = 400.0) -> tuple[int, int]:
         """Exit codes of the head and the other; nothing of them is left a moment later."""
         end = time.monotonic() + seconds
         codes = tuple(process.wait(max(1.0, end - time.monotonic())) for process in (self.head, self.other))

@@ -165,7 +165,10 @@ def _lead(part: Part, folder: Path, num_nodes: int, command: Sequence[str]) -> i
             "on all machines"
         )
     say(f"this machine ({part.address}) is the head of {num_nodes}")
-    ray_options = ["--head", "--port", str(part.head.port), "--include-dashboard", "false", *_devices()]
+    # Nobody needs its server for clients; where its usual port is taken, by the head of another run, Ray ends.
+    client_port = str(network.free_port(part.address))
+    ports = ["--port", str(part.head.port), "--ray-client-server-port", client_port]
+    ray_options = ["--head", *ports, "--include-dashboard", "false", *_devices()]
     with RayNode(folder, part.address, ray_options) as node:
         exit_code = _USER_ERROR
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from mindspeed_mm_rl.data.loader import PromptLoader, RowLoader, ScanReport
 from mindspeed_mm_rl.data.pairs import PairLoader
 from mindspeed_mm_rl.models.families import read_architecture
 from mindspeed_mm_rl.models.names import PARTS, Part
+from mindspeed_mm_rl.models.rope_scaling import read_rope_scaling
 from mindspeed_mm_rl.models.value_weights import check_value_weights
 from mindspeed_mm_rl.models.weight_files import WeightFolder, check_weights, read_config
 from mindspeed_mm_rl.models.weight_sources import VISION_PARTS
@@ -45,6 +46,7 @@ def begin(plan: Plan, dry_run: bool) -> Start:
 def preflight(start: Start) -> Iterator[str]:
     """One line per thing that was found in order; raises ValueError for the first one that isn't."""
     yield _weights(start)
+    _rope(start.plan)
     yield from (f"config.json: {note}" for note in read_architecture(start.plan.train.hf_path).notes)
     if start.plan.run.save:
         yield _space(start.plan)
@@ -55,6 +57,7 @@ def preflight(start: Start) -> Iterator[str]:
 def evaluation_preflight(start: Start) -> Iterator[str]:
     """As preflight, for a run that only evaluates."""
     yield _weights(start)
+    _rope(start.plan)
     yield from _eval_data(start.plan)
 
 
@@ -114,6 +117,32 @@ def _checked_critic(folder: str, config: dict[str, Any]) -> WeightFolder:
         return check_value_weights(folder, config)
     except ValueError as error:
         raise ValueError(f"critic_config.load: {error}") from error
+
+
+def _rope(plan: Plan) -> None:
+    if plan.preference:
+        return
+    import transformers
+
+    read = transformers.AutoConfig.from_pretrained(plan.train.hf_path).get_text_config().to_dict()
+    check_rope(plan.train.hf_path, read, f"transformers {transformers.__version__}")
+
+
+def check_rope(folder: str, read: Mapping[str, Any], reader: str) -> None:
+    """read: the text keys of config.json as `reader` gives them to the rollout engine; an older one passes over what a newer one wrote.
+
+    Raises ValueError when trainer and rollout engine would turn by other angles.
+    """
+    own = read_architecture(folder).text
+    # transformers 4 has rope_theta of its own, and carries rope_parameters along without a look at them.
+    is_4 = "rope_theta" in read
+    rope = (read.get("rope_scaling") or {}) | {"rope_theta": read["rope_theta"]} if is_4 else read["rope_parameters"]
+    ours, theirs = (own.rope_theta, own.rope_scaling), (float(rope["rope_theta"]), read_rope_scaling(rope, read))
+    if ours != theirs:
+        raise ValueError(
+            f"{folder}/config.json asks for rope_theta {ours[0]:g} and scaling {ours[1]}, but {reader}, by which the rollout engine reads "
+            f"it, finds {theirs[0]:g} and {theirs[1]}: write rope_theta and rope_scaling beside rope_parameters, with the same values"
+        )
 
 
 def _space(plan: Plan) -> str:

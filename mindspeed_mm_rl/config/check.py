@@ -10,13 +10,19 @@ from mindspeed_mm_rl.config.model_file import text_config
 from mindspeed_mm_rl.config.plan import RolloutPlan
 from mindspeed_mm_rl.config.preference import check_preference
 from mindspeed_mm_rl.config.schema import Config
-from mindspeed_mm_rl.config.stages import STAGES, has_critic
+from mindspeed_mm_rl.config.stages import STAGES, has_critic, on_pairs
 
 _REQUIRED = ("stage", "global_batch_size", "train_iters", "tokenizer_name_or_path", "data_path")
 _LOWEST_TEMPERATURE = 0.01
 """The rollout engine silently samples with this where less is asked for."""
 REWARD_MODEL = "reward_model"
 """The verifier that stands for rl_config.reward_model."""
+_SWITCHES = {
+    "clip_higher_enable": ("clip_ratio_low", "clip_ratio_high"),
+    "overlong_buffer_enable": ("overlong_buffer", "overlong_buffer_penalty_factor"),
+    "filter_groups_enable": ("filter_groups_metric", "filter_groups_max_batches", "filter_groups_train_batch_size"),
+}
+"""Off unless given; who gives the keys behind one must have thought that they act."""
 _KV_BLOCK_TOKENS = 128
 """On CPU, at most."""
 
@@ -25,7 +31,7 @@ def check(config: Config) -> None:
     """Every rule that the configuration alone decides. Raises ValueError for the first one that is broken."""
     for rule in (
         _required, _stage, _lengths, _sequences, _sampling, _groups, _batches, _dtype, _learning_rate, _pixels, _rewards, _sources,
-        _overlong, _clip, _parallel, _critic, check_preference, _evaluation, _kl_in_reward,
+        _switches, _overlong, _clip, _parallel, _critic, check_preference, _evaluation, _kl_in_reward,
     ):  # fmt: skip
         rule(config)
 
@@ -171,6 +177,16 @@ def _sources(config: Config) -> None:
             if named
             else f"rl_config.reward_model ({rl.reward_model}) would never be asked; name reward_model in rl_config.verifier_function"
         )
+
+
+def _switches(config: Config) -> None:
+    given = config.rl_config.model_fields_set
+    for switch, keys in _SWITCHES.items() if not on_pairs(config.actor_config.stage) else ():
+        if switch not in given and (idle := [key for key in keys if key in given]):
+            raise ValueError(
+                f"rl_config.{idle[0]} ({getattr(config.rl_config, idle[0])}) would not be used, as rl_config.{switch} is not given; set "
+                f"{switch} to true, or to false to say that it is off"
+            )
 
 
 def _overlong(config: Config) -> None:

@@ -15,6 +15,8 @@ _SHIPPED = Path(__file__).resolve().parents[2] / "examples/rl/configs"
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Its sections; ValueError for anything else."""
+    if path.is_dir():
+        raise ValueError(f"configuration file {path} is a folder; name a YAML file in it")
     if not path.is_file():
         nearest = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1) if path.parent.is_dir() else []
         raise ValueError(f"configuration file {path} doesn't exist" + (f"; did you mean {path.parent / nearest[0]}?" if nearest else ""))

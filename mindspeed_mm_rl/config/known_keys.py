@@ -32,14 +32,14 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "use_fused_ring_attention_update moe_grouped_gemm moe_permutation_async_comm moe_alltoall_overlap_comm "
         "use_fused_moe_token_permute_and_unpermute moe_token_dispatcher_type initial_loss_scale",
         "sequences are always packed": "variable_seq_lengths no_pad_to_seq_lengths reset_attention_mask reset_position_ids "
-        "attention_mask_type pad_to_multiple_of use_remove_padding",
+        "attention_mask_type cp_attention_mask_type pad_to_multiple_of use_remove_padding variable_seq_length",
         "policies are trained without a load-balancing loss": "moe_router_load_balancing_type moe_aux_loss_coeff seq_aux",
         "the tokenizer and its chat template come from tokenizer_name_or_path": "tokenizer_type tokenizer_not_use_fast "
         "tokenizer_padding_side prompt_type prompt_type_path",
         "columns are found by name; train.parquet is used whole": "split dataset_additional_keys dataloader_type "
         "full_shuffle_instruction_dataset is_instruction_dataset",
         "chosen for the device": "distributed_backend use_tp_pp_dp_mapping",
-        "a folder of weights says it": "refer_model_iter",
+        "a folder of weights says it": "refer_model_iter ref_model_iter",
         "saves are always complete": "no_save_optim no_save_rng",
         "the model file and config.json say it": "model mm_model algorithm make_vocab_size_divisible_by",
         "every iteration is logged": "log_interval log_throughput",
@@ -53,7 +53,7 @@ _DERIVED_BY_REASON: dict[str, dict[str, str]] = {
         "actor_update_dispatch_size critic_value_dispatch_size critic_update_dispatch_size kl_dispatch_size "
         "dynamic_sampling_dispatch_size actor_image_embeds_dispatch_size num_samples_per_step use_remove_padding "
         "ref_max_packing_token_size actor_max_packing_token_size ref_dynamic_max_batch_size actor_dynamic_max_batch_size "
-        "update_dynamic_max_batch_size use_dp_batch_balance",
+        "update_dynamic_max_batch_size dynamic_max_batch_size use_dp_batch_balance",
         _FLOW: "blocking guarantee_order async_engine zmq_communication data_strategy transfer_queue_data_shard_num "
         "transfer_queue_data_shard_port_base require_max_age_all_finished enable_sharding_validate",
         _DEVICES: "vit_resource num_cpus_for_local_task num_cpus_for_placement_group hccl_buffersize critic_resource",
@@ -113,7 +113,7 @@ NOT_OFFERED: dict[str, dict[str, NotOffered]] = {
         "ai_framework": NotOffered(("",), "PyTorch is the framework"),
         "pretrained_checkpoint": NotOffered(("",), "use actor_config.load"),
         "load_checkpoint_loosely": NotOffered(_OFF, "convert the checkpoint so that every weight has its place"),
-        "noop_layers": NotOffered(("",), "use num_layer_list: stages may hold different numbers of layers"),
+        "noop_layers": NotOffered(("",), "write the layers of each pipeline stage, without the empty ones, in num_layer_list"),
         "lora_target_modules": NotOffered(("", []), "train all weights"),
         "skip_train": NotOffered(_OFF, "remove it"),
         "enable_high_availability": NotOffered(_OFF, "save often and start again from the last save"),
@@ -156,4 +156,15 @@ NO_VISION_WORKERS = (
 REFUSED_SECTIONS: dict[str, str] = {
     "ref_config": "the reference has the actor's layout; give its weights in rl_config.integrated_mode_config.ref_model_load_path",
     "reward_config": "give a sequence classifier's folder in rl_config.reward_model and name reward_model in rl_config.verifier_function",
+    "data": "it is verl's; write megatron_training.data_path and global_batch_size, rl_config.max_prompt_length, and "
+    "generate_config.sampling_config.max_tokens",
+    "actor_rollout_ref": "it is verl's; write actor_config.lr and its parallel sizes, rl_config.n_samples_per_prompt and mini_batch_size, "
+    "and generate_config",
+    "algorithm": "it is verl's; write megatron_training.stage (ray_grpo for adv_estimator grpo), rl_config.init_kl_coef, gamma and lam",
+    "trainer": "it is verl's; write megatron_training.train_iters and save_interval, actor_config.save, rl_config.actor_resource.num_npus "
+    "(of all machines), and section eval",
+    "critic": "it is verl's; write critic_config, and megatron_training.stage ray_ppo",
+    "reward_model": "it is verl's; write rl_config.reward_model and name reward_model in rl_config.verifier_function",
+    "custom_reward_function": "it is verl's; write rl_config.verifier_function: [path/to/file.py:name]",
 }
+"""Section -> what to write instead."""

@@ -77,9 +77,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     tree = OmegaConf.create(compose(path))
     for override in overrides:
-        name, equals, _ = override.partition("=")
+        name, equals, value = override.partition("=")
         if not equals or not name.strip("+"):
             raise ValueError(f"'{override}' isn't an override: write section.key=value, for example rl_config.mini_batch_size=32")
+        if not value.strip():
+            raise ValueError(f"override '{override}' gives no value; write {name}=null for the default")
         try:
             tree.merge_with_dotlist([override.lstrip("+")])
         except (yaml.YAMLError, OmegaConfBaseException, AssertionError, TypeError) as error:

@@ -53,6 +53,7 @@ _TEXT_NUMBERS = {
     "qk_pos_emb_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim",
     "mrope_section": "mrope_section",
+    "rope_scaling_factor": "factor",
 }
 _VISION_NUMBERS = {
     "num_layers": "depth",
@@ -115,7 +116,7 @@ def read_model(model: Any, defaults: Any, folder: Path, name: Any) -> dict[str, 
 
 
 def _find_default(name: str, folder: Path) -> Path:
-    bases = [base / "model" for base in (folder, folder.parent, _REPOSITORY / "examples/rl")]
+    bases = [base / "model" for base in (folder, folder.parent, _REPOSITORY / "examples/rl/configs", _REPOSITORY / "examples/rl")]
     for candidate in (base / f"{name}{ending}" for base in bases for ending in ("", ".yaml", ".json")):
         if candidate.is_file():
             return candidate
@@ -227,9 +228,9 @@ def is_vision_model(hf: Mapping[str, Any] | None, model: Mapping[str, Any]) -> b
 
 def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The text part with rope settings at its top, for both generations of config.json."""
-    text = dict(hf.get("text_config") or hf)
+    text = {"factor": 1.0} | dict(hf.get("text_config") or hf)
     for rope in (text.get("rope_scaling"), text.get("rope_parameters")):
-        text |= {key: rope[key] for key in ("mrope_section", "rope_theta") if rope and key in rope}
+        text |= {key: rope[key] for key in ("mrope_section", "rope_theta", "factor") if rope and key in rope}
     if "kv_lora_rank" in text:
         # Heads of latent attention have three sizes; what is called head_dim is one of them here and another there.
         text.pop("head_dim", None)
@@ -245,8 +246,8 @@ def compare_architecture(model: Mapping[str, Any], section_keys: Mapping[str, An
     text, vision = text_config(hf), hf.get("vision_config") or {}
     decoder = _text_decoder(model)
     encoder, projector = _parts(model)
-    _compare("model: text_decoder", decoder, _TEXT_NUMBERS, text, hf_path)
-    _compare("megatron_training", section_keys, _TEXT_NUMBERS, text, hf_path)
+    _compare("model: text_decoder", decoder, _text_numbers(text), text, hf_path)
+    _compare("megatron_training", section_keys, _text_numbers(text), text, hf_path)
     if vision:
         _compare("model: vision_encoder", encoder, _VISION_NUMBERS, vision, hf_path)
         _compare("model: vision_projector", projector, {"hidden_size": "hidden_size"}, text, hf_path)
@@ -255,6 +256,12 @@ def compare_architecture(model: Mapping[str, Any], section_keys: Mapping[str, An
         split = part.get("pipeline_num_layers")
         if split is not None and layers is not None and sum(_flat(split)) != layers:
             raise ValueError(f"model: {name}.pipeline_num_layers {split} sums to {sum(_flat(split))}, but {hf_path} has {layers} layers")
+
+
+def _text_numbers(text: Mapping[str, Any]) -> dict[str, str]:
+    """Where every layer has experts, config.json's intermediate_size is nobody's."""
+    only_experts = text.get("num_experts") and not text.get("first_k_dense_replace") and not text.get("mlp_only_layers")
+    return {name: hf_name for name, hf_name in _TEXT_NUMBERS.items() if not (only_experts and hf_name == "intermediate_size")}
 
 
 def _flat(split: Any) -> list[int]:
@@ -268,4 +275,7 @@ def _compare(where: str, ours: Mapping[str, Any], names: Mapping[str, str], thei
             continue
         if isinstance(mine, str) or not isinstance(mine, int | float | list):
             raise ValueError(f"{where}.{name} must be a number, not {mine!r}")
-        raise ValueError(f"{where}.{name} is {mine}, but {hf_name} in {hf_path}/config.json is {right}; config.json decides")
+        raise ValueError(
+            f"{where}.{name} is {mine}, but {hf_name} in {hf_path}/config.json is {right}; config.json decides: write its number, "
+            f"or remove {name}"
+        )

@@ -47,11 +47,13 @@ class ChatRenderer:
 
     def __init__(self, hf_path: str | Path, trust_remote_code: bool = False) -> None:
         self.folder = Path(hf_path).expanduser()
-        config = self.folder / "config.json"
-        if not config.is_file():
+        file = self.folder / "config.json"
+        if not file.is_file():
             raise ValueError(f"{self.folder} is no Hugging Face model folder: it has no config.json")
-        self.image_token_id: int | None = json.loads(config.read_text(encoding="utf-8")).get("image_token_id")
+        config = json.loads(file.read_text(encoding="utf-8"))
+        self.image_token_id: int | None = config.get("image_token_id")
         """None: the model reads text alone."""
+        self._vocabulary: int | None = (config.get("text_config") or config).get("vocab_size")
         self.tokenizer = with_template(load_tokenizer(self.folder, trust_remote_code), self.folder)
 
     def token_ids(self, messages: Sequence[Mapping[str, str]], num_images: int) -> list[int]:
@@ -70,7 +72,16 @@ class ChatRenderer:
                 f"the chat template of {self.folder} gives {found} image tokens for {num_images} images:"
                 " it must be the template of the vision-language model, and no prompt may spell the image token out"
             )
+        self.check_known(token_ids)
         return token_ids
+
+    def check_known(self, token_ids: Sequence[int]) -> None:
+        """Raises ValueError for a token that was added to the tokenizer alone."""
+        if self._vocabulary is not None and (largest := max(token_ids, default=0)) >= self._vocabulary:
+            raise ValueError(
+                f"token id {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}), but the model in {self.folder} ends at "
+                f"{self._vocabulary - 1} (config.json: vocab_size): take the token out, or give the model a row for it"
+            )
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         try:
@@ -87,12 +98,19 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a damaged tokenizer.json transformers may raise anything
-        raise ValueError(f"{folder} has no usable tokenizer ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
+        raise _unusable(folder, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    # Without its files transformers makes some tokenizers all the same, in which every text is no tokens at all.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise _unusable(folder, "it would have no words")
     # Older releases of vision-language models keep the template beside the tokenizer, where only their processor looks.
     beside = folder / "chat_template.json"
     if tokenizer.chat_template is None and beside.is_file():
         tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
     return tokenizer
+
+
+def _unusable(folder: Path, reason: str) -> ValueError:
+    return ValueError(f"{folder} has no usable tokenizer ({reason}): copy tokenizer.json and tokenizer_config.json of the model into it")
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:

@@ -24,6 +24,9 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib
 
 _MAX_ASPECT_RATIO = 200
 _RGB_MAX = 255.0
+_BICUBIC = int(Image.Resampling.BICUBIC)
+_ONLY = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / _RGB_MAX, "resample": _BICUBIC}
+"""Keys of preprocessor_config.json that would change the pixels, with the one value that is offered (and meant where there is none)."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,15 @@ class ImageSettings:
 def read_image_settings(hf_path: str | Path, min_pixels: int, max_pixels: int) -> ImageSettings:
     """Reads preprocessor_config.json (or the image_processor part of processor_config.json) of a Hugging Face folder.
 
-    Raises ValueError when there is none, a key is missing, or no picture can satisfy the pixel bounds.
+    Raises ValueError when there is none, a key is missing or has a value that isn't offered, or no picture can satisfy the pixel bounds.
     """
     path, values = _preprocessor(Path(hf_path).expanduser())
     keys = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     if missing := [key for key in keys if key not in values]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it must be the one that belongs to the vision-language model")
+    for key, only in _ONLY.items():
+        if values.get(key) is not None and not math.isclose(values[key], only):
+            raise ValueError(f"{path}: {key} {values[key]} is not offered; only {only} is, which Qwen2.5-VL has")
     patch, temporal, merge = (int(values[key]) for key in keys[:3])
     smallest = (patch * merge) ** 2
     if not 0 < min_pixels <= max_pixels or max_pixels < smallest:

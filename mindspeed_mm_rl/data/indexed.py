@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,9 @@ class IndexedWriter:
         self._stream.close()
 
     def abandon(self) -> None:
-        self._stream.close()
+        # Closing writes what is still held back, for which a full disk has no room.
+        with suppress(OSError):
+            self._stream.close()
 
 
 def open_columns(prefix: Path, names: Iterable[str]) -> dict[str, IndexedColumn]:

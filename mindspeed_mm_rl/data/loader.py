@@ -119,7 +119,7 @@ class RowLoader(ABC, Generic[RowT, Drawn]):
                 sources[row.data_source] += 1
             except ValueError as error:
                 if not self._plan.skip_bad_rows:
-                    raise
+                    raise ValueError(f"{error} (megatron_training.skip_bad_rows: true leaves such rows out)") from error
                 bad.append(error)
         too_long = sum(self._excess(sizes) > 0 for sizes in found)
         if too_long == len(found):

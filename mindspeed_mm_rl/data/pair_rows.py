@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm_rl.data.indexed import column_files, column_name, open_columns
-from mindspeed_mm_rl.data.rows import BadRow, Columns, Row, Rows, file_digest, images_of, messages_of, naming, refuse_videos
+from mindspeed_mm_rl.data.rows import BadRow, Columns, Row, Rows, file_digest, images_of, messages_of, naming, refuse_videos, to_answer
 
 Messages = tuple[dict[str, str], ...]
 _QUESTION, _SYSTEM = "question", "system"
@@ -92,9 +92,7 @@ def _prompt(stated: Messages, *said: Messages) -> Messages:
     messages = conversations[0] if conversations else stated
     if any(other != messages for other in conversations) or messages[len(messages) - len(stated) :] != stated:
         raise ValueError("the prompt, the conversation of chosen and the conversation of rejected differ before the answer")
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("the assistant has the last word of the prompt: nothing is left to answer")
-    return messages
+    return to_answer(messages)
 
 
 def _answer(value: Any, key: str) -> tuple[Messages, str]:

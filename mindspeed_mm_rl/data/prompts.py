@@ -91,6 +91,7 @@ class PromptBuilder:
                 f"the {name} has token id {max(unknown)}, but the tokenizer of {self.renderer.folder} ends at {known - 1}:"
                 " prepare the data with the tokenizer of this model"
             )
+        self.renderer.check_known(token_ids)
         return list(token_ids)
 
     def _expanded(self, token_ids: list[int], grids: list[GridTHW]) -> list[int]:

@@ -13,7 +13,8 @@ from typing import Any, Protocol, TypeVar
 IMAGE_MARKER = "<image>"
 """Stands in a prompt's text where a picture goes."""
 
-ANSWER_PLACES = ("extra_info.answer", "reward_model.ground_truth", "answer")
+ANSWER_PLACES = ("reward_model.ground_truth", "extra_info.answer", "answer")
+"""The first that is there. extra_info.answer may be a whole worked solution, as in verl's rows of GSM8K."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class PromptColumns(Columns[Row]):
             refuse_videos(record)
             return Row(
                 where=where,
-                messages=_messages(record.get(self.prompt_key), self.prompt_key, plain="answer" in record),
+                messages=to_answer(_messages(record.get(self.prompt_key), self.prompt_key, plain="answer" in record)),
                 images=images_of(record.get(self.image_key), file.parent),
                 answer=_answer(record),
                 data_source=record.get("data_source") or "",
@@ -172,6 +173,13 @@ def messages_of(value: Any, key: str) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"column '{key}' must be a list of {{role, content}} messages, not {value!r}")
     return tuple(_message(message, key) for message in value)
+
+
+def to_answer(messages: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+    """The same messages; ValueError where they hold the answer, which chat templates would show before they ask for another one."""
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the assistant has the last word of the prompt: nothing is left to answer")
+    return messages
 
 
 def _message(message: Any, key: str) -> dict[str, str]:
@@ -213,7 +221,7 @@ def _image_bytes(image: Any, folder: Path) -> bytes:
 
 
 def _answer(record: Mapping[str, Any]) -> str:
-    candidates = _struct(record, "extra_info").get("answer"), _struct(record, "reward_model").get("ground_truth"), record.get("answer")
+    candidates = _struct(record, "reward_model").get("ground_truth"), _struct(record, "extra_info").get("answer"), record.get("answer")
     for candidate in candidates:
         if candidate is not None and str(candidate).strip():
             return json.dumps(candidate, ensure_ascii=False) if isinstance(candidate, dict | list) else str(candidate)

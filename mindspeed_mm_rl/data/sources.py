@@ -125,7 +125,8 @@ def _open(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a readable parquet file ({error})") from error
+        kinds = "" if file.suffix == ".parquet" else f"; rows come from .parquet, {' and '.join(JSON_SUFFIXES)} files"
+        raise ValueError(f"{file} is not a readable parquet file ({error}){kinds}") from error
 
 
 def _check_images(file: Path, schema: pa.Schema, image_key: str) -> None:

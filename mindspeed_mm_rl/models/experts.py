@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
-from megatron.core.transformer.mlp import MLP
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -80,6 +81,22 @@ def _best(scores: torch.Tensor, experts: Experts) -> torch.Tensor:
     return scores.topk(experts.per_token).indices
 
 
+class _OwnWeight:
+    """A linear layer that gives its weight away. It is called, not read: overlap_param_gather waits for the parameters of a module when the
+    module is called."""
+
+    weight: torch.Tensor
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+class _Columns(_OwnWeight, ColumnParallelLinear): ...
+
+
+class _Rows(_OwnWeight, RowParallelLinear): ...
+
+
 class LocalExperts(SequentialMLP):
     """Megatron's parameters, run through the device's grouped product; saved one by one, under their numbers in the whole layer."""
 
@@ -88,7 +105,7 @@ class LocalExperts(SequentialMLP):
 
         A rank that has a part of every expert returns its part of the sum; megatron's dispatcher adds them up.
         """
-        first, second = ([getattr(expert, layer).weight for expert in self.local_experts] for layer in ("linear_fc1", "linear_fc2"))
+        first, second = ([getattr(expert, layer)() for expert in self.local_experts] for layer in ("linear_fc1", "linear_fc2"))
         numbers = counts.tolist()
         inner = device.swiglu(device.grouped_matmul(tokens, first, numbers))
         return device.grouped_matmul((inner * weights[:, None]).to(inner.dtype), second, numbers), None
@@ -131,7 +148,7 @@ class ExpertLayer(MoELayer):
 
 def expert_layer_spec(experts: Experts) -> ModuleSpec:
     submodules = MoESubmodules(
-        experts=ModuleSpec(module=LocalExperts, submodules=LINEARS),
+        experts=ModuleSpec(module=LocalExperts, submodules=MLPSubmodules(linear_fc1=_Columns, linear_fc2=_Rows)),
         shared_experts=ModuleSpec(module=SharedExperts, submodules=LINEARS),
     )
     return ModuleSpec(module=ExpertLayer, params={"experts": experts}, submodules=submodules)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mindspeed_mm_rl.config.model_file import read_json
 from mindspeed_mm_rl.models.names import expert_layers, is_tied, sizes
-from mindspeed_mm_rl.models.rope_scaling import RopeScaling, read_rope_scaling, softmax_magnitude
+from mindspeed_mm_rl.models.rope_scaling import RopeScaling, read_rope_scaling, rope_kind, softmax_magnitude
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 
@@ -28,13 +28,15 @@ class Family:
     """Multi-head latent attention."""
     router: ScoreFunction | None = None
     """What turns a router's logits into scores; None: no experts."""
+    rope_theta: float = 10000.0
+    """Where config.json has none, as transformers has it."""
 
 
 FAMILIES = {
     "deepseek_v3": Family(latent=True, router="sigmoid"),
     "llama": Family(),
     "qwen2": Family(qkv_bias=True),
-    "qwen2_5_vl": Family(qkv_bias=True, vision=True),
+    "qwen2_5_vl": Family(qkv_bias=True, vision=True, rope_theta=1e6),
     "qwen3": Family(qk_norm=True),
     "qwen3_moe": Family(qk_norm=True, router="softmax"),
 }
@@ -209,7 +211,7 @@ def _architecture(folder: Path, raw: dict[str, Any], family: Family) -> Architec
 
 
 def _text(folder: Path, raw: Mapping[str, Any], text: Mapping[str, Any], family: Family) -> TextArchitecture:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or raw.get("rope_scaling") or {}
+    rope = _rope(folder, text) or raw.get("rope_scaling") or {}
     _check_offered(folder, {**raw, **text, **rope})
     heads = text["num_attention_heads"]
     latent = _latent(text, rope) if family.latent else None
@@ -223,7 +225,7 @@ def _text(folder: Path, raw: Mapping[str, Any], text: Mapping[str, Any], family:
         head_dim=head_dim,
         vocab_size=text["vocab_size"],
         rms_norm_eps=text["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta", 10000.0)),
+        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta", family.rope_theta)),
         rope_scaling=_rope_scaling(folder, rope, text),
         mrope_section=_mrope_section(folder, rope, head_dim) if family.vision else None,
         tie_word_embeddings=is_tied(raw),
@@ -233,6 +235,23 @@ def _text(folder: Path, raw: Mapping[str, Any], text: Mapping[str, Any], family:
         experts=_experts(folder, text, family.router) if family.router else None,
         latent=latent,
     )
+
+
+def _rope(folder: Path, text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By the key of transformers 5 or by that of 4. Where both stand, transformers and the rollout engine read the older one alone."""
+    new, old = text.get("rope_parameters") or {}, text.get("rope_scaling") or {}
+    if new and old and _plain(new, text) != _plain(old, text):
+        raise ValueError(
+            f"{folder / 'config.json'}: rope_parameters {json.dumps(new)} and rope_scaling {json.dumps(old)} are two answers; put all keys "
+            "into rope_parameters, rope_theta too, and remove rope_scaling"
+        )
+    return new or old
+
+
+def _plain(rope: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """However it is spelled."""
+    kind = {"rope_type": rope_kind(rope), "rope_theta": rope.get("rope_theta") or text.get("rope_theta")}
+    return {key: value for key, value in rope.items() if key not in ("type", *kind)} | kind
 
 
 def _latent(text: Mapping[str, Any], rope: Mapping[str, Any]) -> LatentAttention:

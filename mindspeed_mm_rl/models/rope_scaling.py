@@ -55,14 +55,16 @@ def read_rope_scaling(rope: Mapping[str, Any], text: Mapping[str, Any]) -> RopeS
 
     Raises ValueError for a kind that isn't offered, KeyError for a number that is missing.
     """
-    kind = _kind(rope)
+    kind = rope_kind(rope)
     if kind not in _READERS:
         raise ValueError(f"rope type {kind!r} is not offered; {', '.join(_READERS)} are")
     return _READERS[kind](rope, text)
 
 
-def _kind(rope: Mapping[str, Any]) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
+def rope_kind(rope: Mapping[str, Any]) -> str:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    # transformers 4's word for the three axes of Qwen2-VL, which say nothing about frequencies.
+    return "default" if kind == "mrope" else kind
 
 
 def _linear(rope: Mapping[str, Any], text: Mapping[str, Any]) -> LinearScaling:
@@ -100,7 +102,7 @@ def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
 def softmax_magnitude(rope: Mapping[str, Any]) -> float:
     """DeepSeek's factor of the softmax scale: the square of the magnitude that mscale_all_dim names; 1 where there is none."""
     under = rope.get("mscale_all_dim")
-    return _magnitude(float(rope["factor"]), under) ** 2 if under and _kind(rope) != "default" else 1.0
+    return _magnitude(float(rope["factor"]), under) ** 2 if under and rope_kind(rope) != "default" else 1.0
 
 
 def _magnitude(factor: float, scale: float) -> float:
@@ -116,8 +118,6 @@ def _original_context(rope: Mapping[str, Any], text: Mapping[str, Any]) -> int:
 
 _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], RopeScaling | None]] = {
     "default": lambda rope, text: None,
-    # transformers 4's word for the three axes of Qwen2-VL, which say nothing about frequencies.
-    "mrope": lambda rope, text: None,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,

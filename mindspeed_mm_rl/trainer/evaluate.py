@@ -79,12 +79,12 @@ class Tally:
 
 
 def named(tallies: dict[tuple[str, str], Tally]) -> dict[str, float]:
-    """tallies: by (data_source or empty, label of the file). A data set is its data_source, else its file; both where files share one.
+    """tallies: by (data_source or empty, label of the file). A data set is its data_source, else its file; both where two have one name.
 
     Several data sets also have their mean, under eval/<metric>.
     """
-    sources = [source for source, _ in tallies]
-    names = [f"{source}/{file}" if source and sources.count(source) > 1 else source or file for source, file in tallies]
+    short = [source or file for source, file in tallies]
+    names = [f"{source}/{file}" if source and short.count(source) > 1 else source or file for source, file in tallies]
     results = [tally.metrics() for tally in tallies.values()]
     values = {f"eval/{name}/{metric}": value for name, result in zip(names, results, strict=True) for metric, value in result.items()}
     if len(results) > 1:

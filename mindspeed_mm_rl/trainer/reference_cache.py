@@ -23,6 +23,7 @@ from mindspeed_mm_rl.config.plan import TrainPlan
 _BLOCK_PAIRS = 512
 _FOLDER_MODE, _FILE_MODE = 0o750, 0o640
 _PARTIAL = ".partial"
+_MODEL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 PairLogprobs = tuple[torch.Tensor, torch.Tensor]
 """Of the tokens of the chosen and of the rejected response, float32."""
@@ -90,8 +91,11 @@ class ReferenceCache:
 
 
 def cache_folder(output: Path, plan: TrainPlan, weights_digest: str) -> Path:
-    """Another one for other weights, another model or another type. weights_digest: of the reference (models/weight_digest.py)."""
-    model = (Path(plan.hf_path) / "config.json").read_bytes()
+    """Another one for other weights, another model, another type, or another normalisation of pixels, by which pictures have their keys.
+
+    weights_digest: of the reference (models/weight_digest.py).
+    """
+    model = b"".join(file.read_bytes() for name in _MODEL_FILES if (file := Path(plan.hf_path) / name).is_file())
     name = hashlib.sha256(f"{weights_digest} {plan.dtype} ".encode() + model).hexdigest()[:16]
     return output / "reference_logprobs" / name
 

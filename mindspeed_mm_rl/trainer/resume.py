@@ -17,7 +17,7 @@ from mindspeed_mm_rl.models.saved_weights import METADATA_FILE, VISION_FOLDER
 from mindspeed_mm_rl.models.value_weights import check_same_vision
 from mindspeed_mm_rl.models.weight_digest import weight_digest
 from mindspeed_mm_rl.models.weight_files import CRITIC_FOLDER, WeightFolder, read_config, recognise
-from mindspeed_mm_rl.models.weight_sources import VISION_PARTS, different_vision, source_of
+from mindspeed_mm_rl.models.weight_sources import VISION_PARTS, Source, different_vision, source_of
 from mindspeed_mm_rl.trainer.save_folder import ACTOR_FOLDER, TRACKER, SaveFolder, check_whole
 
 _DIGITS_SHOWN = 12
@@ -85,6 +85,7 @@ def start_of(plan: Plan) -> Start:
         said = f"continuing {save} after iteration {iteration}"
         critic = None if plan.critic is None else replace(plan.critic, load=_critic_of(save, contents), **whole)
         _check_placement(save, contents, plan)
+        _check_trained(save, contents, plan)
         _check_data(save, contents, plan)
         vision = None if plan.vision is None else replace(plan.vision, load=str(save / VISION_FOLDER), **whole)
         changed = replace(plan, train=train, critic=critic, vision=vision)
@@ -141,6 +142,19 @@ def _check_placement(save: Path, contents: dict[str, Any], plan: Plan) -> None:
         )
 
 
+def _check_trained(save: Path, contents: dict[str, Any], plan: Plan) -> None:
+    """The optimizer of a save has no moments of what was frozen."""
+    was, own = contents.get("plan", {}).get("train", {}), plan.train
+    begins_anew = own.no_load_optim and not own.finetune and plan.vision is None
+    for part, name in (("freeze_vision", "vision_encoder"), ("freeze_projector", "vision_projector")):
+        if was.get(part) and not getattr(own, part) and not begins_anew:
+            raise ValueError(
+                f"{save} was written with a frozen {name}, which this run trains (freeze: false in the model file), so its optimizer knows "
+                "nothing of it: freeze it again, or begin a new run with the weights of the save (actor_config.finetune=true, and an "
+                "actor_config.save of its own)"
+            )
+
+
 def _check_data(save: Path, contents: dict[str, Any], plan: Plan) -> None:
     """A position among prompts says nothing of one among pairs."""
     was_on_pairs = "pairs" in contents["data"]
@@ -158,15 +172,16 @@ def _vision_notes(plan: Plan) -> tuple[str, ...]:
     if vision is None:
         return ()
     config, is_given = read_config(train.hf_path), train.reference_load != train.load
-    own = source_of(vision.load, config, VISION_PARTS)
+    keys = {vision.load: "vit_config.load", train.reference_load: plan.reference_key, train.load: "actor_config.load"}
+    own = _vision_of(keys, vision.load, config)
 
     def differs_from(load: str) -> str:
-        return "" if load == vision.load else different_vision(own, source_of(load, config, VISION_PARTS), config)
+        return "" if load == vision.load else different_vision(own, _vision_of(keys, load, config), config)
 
     # A frozen encoder serves the reference too; one that is trained has a reference of its own, which the user may choose.
     is_compared = plan.needs_reference and is_given == plan.rollout.image_embeds
     if is_compared and (name := differs_from(train.reference_load)):
-        key = plan.reference_key if is_given else "actor_config.load"
+        key = keys[train.reference_load]
         raise ValueError(
             f"{name} of the vision encoder in {vision.load} differs from that in {train.reference_load} ({key}), with which the policy "
             f"is compared: give a reference with the same vision encoder in {plan.reference_key}, or take none (rl_config.init_kl_coef=0)"
@@ -174,6 +189,14 @@ def _vision_notes(plan: Plan) -> tuple[str, ...]:
     if differs_from(train.load):
         return (f"the vision encoder is that of vit_config.load ({vision.load}); actor_config.load ({train.load}) holds another one",)
     return ()
+
+
+def _vision_of(keys: dict[str, str], folder: str, config: dict[str, Any]) -> Source:
+    """keys: folder -> the user's key that names it."""
+    try:
+        return source_of(folder, config, VISION_PARTS)
+    except ValueError as error:
+        raise ValueError(f"{keys[folder]}: {error}") from error
 
 
 def _chosen(plan: Plan) -> tuple[Path | None, list[str]]:

@@ -78,13 +78,17 @@ class GroupSampler:
         first_finished = float("inf")
         for rollouts in self.rollout.generate(requests, images, sampling):
             prompt = by_id[rollouts.prompt_id]
-            texts = [self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True) for rollout in rollouts.rollouts]
+            texts = [self._text(rollout.token_ids) for rollout in rollouts.rollouts]
             lengths = [len(rollout.token_ids) for rollout in rollouts.rollouts]
             bar.update()
             first_finished = min(first_finished, time.perf_counter())
             graded.append((prompt, rollouts, self._submit(prompt, texts, lengths)))
         bar.close()
         return first_finished, graded
+
+    def _text(self, token_ids: list[int]) -> str:
+        # As it was written: with transformers 4 some tokenizers, Llama's among them, take out blanks before punctuation.
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _submit(self, prompt: Prompt, texts: list[str], lengths: list[int]) -> Future[GroupScores]:
         return self.rewards.submit(prompt.prompt_id, texts, lengths, prompt.answer, prompt.data_source, prompt.extra, prompt.messages)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from tempfile import gettempdir
 from typing import Any
 
 from mindspeed_mm_rl.config.plan import RunPlan
@@ -19,6 +21,8 @@ _DEVICE_SHARE, _CPU_SHARE = 0.25, 0.5
 _WAIT_SECONDS = 600
 """For devices of a cluster that is there already: it may have to bring up machines first."""
 _OWN_WAIT_SECONDS, _CONNECT_SECONDS = 60, 5.0
+_SOCKET_CHARACTERS = 107
+"""Of its path, see unix(7)."""
 _COMMON_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -49,6 +53,7 @@ def start(run: RunPlan) -> Slots:
 
     Raises ValueError when the cluster has fewer devices than the run asks for.
     """
+    _check_temporary_folders()
     import ray
     from ray.util.placement_group import placement_group
 
@@ -66,6 +71,21 @@ def start(run: RunPlan) -> Slots:
     here, turns = info["node_ip_address"], Turns(start_together=run.device == "cpu")
     bundles, machines = _by_machine(group, here)
     return Slots(group, run.device, run.num_devices, here, info["session_dir"], not address, bundles, machines, turns)
+
+
+def _check_temporary_folders() -> None:
+    """Raises ValueError for one whose path is too long for the sockets in it; megatron would not see that before the first save."""
+    places = [("TMPDIR", gettempdir(), "the writers of saves", "pymp-01234567/listener-01234567")]
+    if not env.read("RAY_ADDRESS"):
+        socket = f"ray/session_2026-01-31_23-59-59_999999_{os.getpid()}/sockets/plasma_store"
+        places.append(("RAY_TMPDIR", env.read("RAY_TMPDIR") or env.read("TMPDIR", "/tmp"), "Ray", socket))
+    for name, folder, whose, socket in places:
+        longest = _SOCKET_CHARACTERS - len(f"/{socket}")
+        if len(os.fsencode(folder)) > longest:
+            raise ValueError(
+                f"the path of the temporary folder {folder} has {len(os.fsencode(folder))} characters, and the sockets of {whose} in it "
+                f"allow {longest}: set {name} to a folder with a shorter one, for example /tmp"
+            )
 
 
 def _begin(run: RunPlan) -> dict[str, str]:

@@ -10,8 +10,6 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 from tests.chaos.moments import ACTOR, DRIVER, PHASES, REWARD, ROLLOUT, Kill, strike
 from tests.chaos.run import TrainRun
 from tests.chaos.scene import make_scene, write_config
@@ -39,7 +37,6 @@ def killed_run(config: Path, kills: tuple[Kill, ...]) -> Verdict:
     return verdict
 
 
-@pytest.mark.timeout(600)
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     scene = make_scene(tmp_path / "scene")
     config = write_config(scene, SETTING, tmp_path / "killed", keep_last=1)

@@ -20,8 +20,6 @@ from tests.data_files import png, row, write_rows
 from tests.plans import eval_plan, optimizer_plan, pairs_plan
 from tests.tiny import make_tiny_text
 
-pytestmark = pytest.mark.timeout(300)
-
 LETTERS = "abcdefgh"
 HELD_OUT = 32
 LOGGED = {

@@ -16,8 +16,6 @@ from mindspeed_mm_rl.trainer import build
 from tests.continuation import compared, continuation_plan, picture_rows
 from tests.data_files import row, write_rows
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def plan_of(model: Path, rows: Path, output: Path) -> Plan:
     plan = continuation_plan(model, rows, output, num_devices=1)

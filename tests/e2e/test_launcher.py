@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +55,15 @@ def lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TwoMachines
     with TwoMachines(tmp_path_factory.mktemp("lost"), MASTER_ADDR=NOWHERE, WAIT_SECONDS="") as lost:
         lost.head = lost.other = lost.start("head", [*NODE, "false"])
         yield lost, time.monotonic()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def another_head() -> Iterator[None]:
+    """Has the port at which Ray's server for clients usually listens."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # Then there is one.
+            stack.enter_context(socket.create_server(("", 10001)))
+        yield
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from tests.continuation import (
 )
 
 # Three runs each, with Ray, the trainer and the rollout engine started anew.
-pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.mark.parametrize(("algorithm", "num_devices"), [(grpo_with_kl, 1), (dapo_with_refill, 2)], ids=["grpo_with_kl", "dapo_two_devices"])

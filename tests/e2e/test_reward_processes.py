@@ -85,6 +85,8 @@ def test_close_leaves_no_process_even_of_an_endless_grading():
     pool.wait_ready()
     running = pool.submit(0, [ENDLESS], [1], "55")
     waiting = pool.submit(1, [GOOD], [1], "55")
+    while not running.running():
+        time.sleep(0.01)
     time.sleep(0.2)
     worker = pool._lanes[0].worker
     pool.close()

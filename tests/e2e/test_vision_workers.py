@@ -25,8 +25,6 @@ from tests.continuation import (
 )
 from tests.data_files import png, row, write_rows
 
-pytestmark = pytest.mark.timeout(900)
-
 NUM_PICTURES, PATCHES = 4, "visual.patch_embed.proj.weight"
 
 

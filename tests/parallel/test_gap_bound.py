@@ -15,8 +15,12 @@ def test_a_mismatch_that_one_rank_sees_stops_both(tiny_vl: Path, tmp_path: Path)
     torch.multiprocessing.spawn(run, args=(2, tiny_vl, free_address(), tmp_path), nprocs=2)
     for rank in range(2):
         seen = json.loads((tmp_path / f"{rank}.json").read_text())
-        for fault, largest in (("gap", "0.5"), ("nan", "inf")):
+        sentences = {
+            "gap": "the largest log-prob gap of this mini-batch is 0.5, rl_config.logprob_gap_bound is 0.1",
+            "nan": "log-probs of the rollout engine are not finite; nothing was updated",
+        }
+        for fault, sentence in sentences.items():
             said, moved = seen[fault]
-            assert f"the largest log-prob gap of this mini-batch is {largest}, rl_config.logprob_gap_bound is 0.1" in said, (rank, fault)
+            assert sentence in said, (rank, fault)
             assert not moved, (rank, fault)
         assert seen["none"] == ["", True], rank

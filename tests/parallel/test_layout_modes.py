@@ -26,7 +26,7 @@ MODEL_OF_MODE = {
     "PP2xDP2+dist.opt.+overlap": "Qwen2.5, critic",
     "PP2+VPP2xDP2+dist.opt.+overlap": "Qwen2.5-VL, ViT trained",
     "EP2": "DeepSeek-V3",
-    "EP2+dist.opt.+overlap": "Qwen3-MoE",
+    "EP2xDP2+dist.opt.+overlap": "Qwen3-MoE",
     "TP2xEP2": "Qwen3-MoE",
     "TP2xEP2, ETP2": "Qwen3-MoE",
     "PP2xEP2": "DeepSeek-V3",

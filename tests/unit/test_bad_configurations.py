@@ -186,6 +186,10 @@ NOT_OFFERED = {
     "rl_config.multi_turn_enable=true": (
         "rl_config.multi_turn_enable: True isn't offered in this version; set it to false: one response per prompt"
     ),
+    "actor_rollout_ref.rollout.n=5": (
+        "section actor_rollout_ref isn't offered: it is verl's; write actor_config.lr and its parallel sizes, "
+        "rl_config.n_samples_per_prompt and mini_batch_size, and generate_config"
+    ),
     "reward_config.load=x": (
         "section reward_config isn't offered: give a sequence classifier's folder in rl_config.reward_model and name reward_model in "
         "rl_config.verifier_function"
@@ -210,7 +214,8 @@ AGAINST_FILES = {
         "acc_for_dapo, score; did you mean 'geo3k'?"
     ),
     "megatron_training.num_layers=99": (
-        "megatron_training.num_layers is 99, but num_hidden_layers in {model}/config.json is 2; config.json decides"
+        "megatron_training.num_layers is 99, but num_hidden_layers in {model}/config.json is 2; config.json decides: write its number, or "
+        "remove num_layers"
     ),
     "rl_config.actor_resource.num_npus=2 actor_config.expert_model_parallel_size=2": (
         "actor_config.expert_model_parallel_size (2) needs a mixture of experts, which {model}/config.json isn't; set it to 1 (and "
@@ -241,7 +246,8 @@ AGAINST_FILES = {
         "side; raise it"
     ),
     "generate_config.limit_mm_image_per_prompt=0": (
-        "{folder}/data/train.parquet, row 0: 1 images, but generate_config.limit_mm_image_per_prompt is 0; raise it"
+        "{folder}/data/train.parquet, row 0: 1 images, but generate_config.limit_mm_image_per_prompt is 0; raise it "
+        "(megatron_training.skip_bad_rows: true leaves such rows out)"
     ),
     "eval.data_path={folder}/data": "eval.data_path: {folder}/data is a folder; name a file in it, for example {folder}/data/test.parquet",
     "eval.data_path=/nowhere/test.parquet": (

@@ -157,7 +157,7 @@ def corrupt(index: int) -> dict:
 def test_a_corrupt_image_is_named_by_file_and_row(config, tmp_path):
     write_rows(tmp_path / "data", [row(0), row(1), corrupt(2), row(3)])
     line = refused(config)
-    assert "train.parquet" in line and "row 2" in line
+    assert "train.parquet" in line and "row 2" in line and line.endswith("(megatron_training.skip_bad_rows: true leaves such rows out)")
 
 
 def test_a_corrupt_image_is_skipped_and_counted_when_allowed(config, tmp_path):

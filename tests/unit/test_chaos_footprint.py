@@ -88,9 +88,15 @@ def test_a_new_name_in_shared_memory_is_found(footprint):
 
 def test_a_moment_between_two_system_calls_is_not_missed(tmp_path):
     long, short = tmp_path / "long", tmp_path / "short"
-    code = f"import os, time\ntime.sleep(0.2)\nopen({str(long)!r}, 'w').close()\nos.rename({str(long)!r}, {str(short)!r})"
+    code = f"import os, sys\nsys.stdin.read()\nopen({str(long)!r}, 'w').close()\nos.rename({str(long)!r}, {str(short)!r})"
     command = [sys.executable, "-S", "-c", f"{code}\nos.unlink({str(short)!r})"]
-    with subprocess.Popen(command) as process, led_while(process.pid, lambda: not short.exists()):
+
+    def goes_on() -> bool:
+        # Asked when it is led: only then does it begin.
+        process.stdin.close()
+        return not short.exists()
+
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process, led_while(process.pid, goes_on):
         assert [path.name for path in tmp_path.iterdir()] == ["short"]
     assert process.returncode == 0 and not short.exists()
 

@@ -246,9 +246,18 @@ def test_mistakes_are_one_sentence(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("override", ["rl_config", "=3", "rl_config.n_samples_per_prompt.x=3"])
-def test_a_bad_override_is_one_sentence(tmp_path, override):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rl_config", "isn't an override: write section.key=value"),
+        ("=3", "isn't an override"),
+        ("rl_config.n_samples_per_prompt.x=3", "n_samples_per_prompt"),
+        # As after a shell's variable that is not set: actor_config.load=$CKPT would be another model's weights.
+        ("actor_config.load=", "'actor_config.load=' gives no value; write actor_config.load=null for the default"),
+    ],
+)
+def test_a_bad_override_is_one_sentence(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
         load_config(write(tmp_path, "rl_config: {n_samples_per_prompt: 4}"), [override])
 
 
@@ -264,6 +273,7 @@ def test_defaults_name_files_that_this_one_overrides(tmp_path):
     write(tmp_path, "{megatron_training: {seed: 5}}", "later.yaml")
     shipped = load_config(write(tmp_path, "{defaults: [base/text, later, near, later]}")).actor_config
     assert (shipped.seed, shipped.global_batch_size) == (5, 32)
+    assert load_config(write(tmp_path, "{defaults: [grpo_trainer_qwen3_8b]}")).model["num_layers"] == 36
 
 
 def test_defaults_that_lead_nowhere_or_back(tmp_path):
@@ -282,6 +292,11 @@ def test_a_list_over_a_section_is_one_sentence(tmp_path):
     write(tmp_path, "{rl_config: {actor_resource: {num_npus: 2}}}", "a.yaml")
     with pytest.raises(ValueError, match=r"can't be laid over its defaults \(a\): .*; does a list stand where the other has a section"):
         load_config(write(tmp_path, "{defaults: [a], rl_config: [1]}"))
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match=f"configuration file {tmp_path} is a folder; name a YAML file in it"):
+        load_config(tmp_path)
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path):

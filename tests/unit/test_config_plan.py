@@ -231,6 +231,15 @@ BROKEN_RULES = [
     (["rl_config.overlong_buffer_enable=true", "rl_config.rollout_max_tokens=9"], r"rollout_max_tokens \(9\) must equal .*\(2048\)"),
     (["rl_config.overlong_buffer_enable=true"], r"overlong_buffer \(0\) must be > 0"),
     (["rl_config.clip_higher_enable=true", "rl_config.clip_ratio_low=0.3"], r"clip_ratio_low \(0.3\) must be <= rl_config.clip_ratio_high"),
+    (
+        ["megatron_training.stage=ray_cispo", "rl_config.clip_ratio_high=3"],
+        r"clip_ratio_high \(3.0\) would not be used, as rl_config.clip_higher_enable is not given; set clip_higher_enable to true, or",
+    ),
+    (["rl_config.overlong_buffer=512"], "overlong_buffer .512. would not be used, as rl_config.overlong_buffer_enable"),
+    (
+        ["rl_config.filter_groups_metric=acc"],
+        "filter_groups_metric .acc. would not be used, as rl_config.filter_groups_enable",
+    ),
     (["actor_config.tensor_model_parallel_size=2"], r"num_npus \(1\) must be a multiple of .*2 x 1 x 1 = 2"),
     (["actor_config.sequence_parallel=true"], "needs actor_config.tensor_model_parallel_size > 1, which is 1"),
     (["rl_config.runtime_env_path=nowhere.yaml"], "rl_config.runtime_env_path: nowhere.yaml doesn't exist"),
@@ -277,6 +286,26 @@ def test_a_model_file_of_another_model_is_an_error_with_both_values(tmp_path, ch
     folder = hf_folder(tmp_path / "hf", **changes)
     with pytest.raises(ValueError, match=message):
         make_plan(load_config(DAPO_7B, [f"megatron_training.tokenizer_name_or_path={folder}"]))
+
+
+def test_rope_that_the_yaml_alone_stretches_is_an_error(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    asked = [f"megatron_training.tokenizer_name_or_path={folder}", "megatron_training.rope_scaling_factor=4"]
+    with pytest.raises(ValueError, match=r"megatron_training.rope_scaling_factor is 4, but factor in .* is 1.0; config.json decides"):
+        make_plan(load_config(DAPO_7B, asked))
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "mrope_section": [16, 24, 24]}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"rope_scaling": scaling}))
+    make_plan(load_config(DAPO_7B, asked))
+
+
+def test_a_width_that_no_layer_has_is_not_compared(tmp_path):
+    # Files for mixtures of experts name an MLP that only dense layers would have; those of the reference system have another number there.
+    folder = hf_folder(tmp_path / "hf", num_experts=128, moe_intermediate_size=768)
+    write = f"megatron_training.tokenizer_name_or_path={folder} megatron_training.ffn_hidden_size=8192 model={{}}".split()
+    make_plan(load_config(DAPO_7B, [*write, "actor_config.sequence_parallel=true"]))
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"mlp_only_layers": [0]}))
+    with pytest.raises(ValueError, match="megatron_training.ffn_hidden_size is 8192, but intermediate_size in .* is 18944"):
+        make_plan(load_config(DAPO_7B, [*write, "actor_config.sequence_parallel=true"]))
 
 
 def test_a_pipeline_split_of_another_depth_is_an_error(tmp_path):

@@ -52,12 +52,17 @@ def test_shots_are_shown_and_not_trained_on(tmp_path):
 
 
 def test_what_no_row_can_be_made_of_is_named(tmp_path, capsys):
+    (tmp_path / "cut.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"question": "1+')
     (tmp_path / "bad.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({"question": "1+1?", "answer": "2"}))
     for file, more, message in (
         ("bad.jsonl", [], "bad.jsonl, row 1: a row needs a question, and an answer that ends in '#### <number>'"),
-        ("nowhere.jsonl", [], "nowhere.jsonl"),
+        ("nowhere.jsonl", [], "nowhere.jsonl does not exist"),
+        ("cut.jsonl", [], "cut.jsonl, line 2: not valid JSON"),
     ):
         assert gsm8k.main(["--local_data", str(tmp_path / file), "--output", str(tmp_path / "train.parquet"), *more]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "train.parquet").exists()
+    (tmp_path / "good.jsonl").write_text(json.dumps(ROWS[0]))
+    assert gsm8k.main(["--local_data", str(tmp_path / "good.jsonl"), "--output", str(tmp_path / "bad.jsonl" / "train.parquet")]) == 2
+    assert "--output" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--shots 3 must be at least 0 and less than the 3 rows"):
         gsm8k.training_rows(ROWS, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -197,3 +198,15 @@ def test_settings_refuse_impossible_bounds(tmp_path):
     (folder / "preprocessor_config.json").write_text('{"patch_size": 14}')
     with pytest.raises(ValueError, match="lacks temporal_patch_size, merge_size, image_mean, image_std"):
         read_image_settings(folder, 1, 784)
+
+
+@pytest.mark.parametrize(("key", "value"), [("do_normalize", False), ("rescale_factor", 1 / 127.5), ("resample", 2)])
+def test_settings_refuse_pixels_of_another_kind(tmp_path, key, value):
+    """They would go through the encoder otherwise than the model was trained with, and the rollout engine would see the same wrong ones."""
+    file = make_hf_folder(tmp_path) / "preprocessor_config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | {"do_normalize": None, "rescale_factor": 0.00392156862745098, "resample": 3}))
+    assert read_image_settings(tmp_path, SETTINGS.min_pixels, SETTINGS.max_pixels) == SETTINGS
+    file.write_text(json.dumps(written | {key: value}))
+    with pytest.raises(ValueError, match=f"{key} .* is not offered; only"):
+        read_image_settings(tmp_path, SETTINGS.min_pixels, SETTINGS.max_pixels)

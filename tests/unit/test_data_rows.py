@@ -72,18 +72,21 @@ def test_images_may_be_files_beside_the_parquet(tmp_path):
         rows[1]
 
 
-def test_answer_falls_back_to_the_reward_model_column(tmp_path):
-    with_extra = row(answer="7")
-    without = row() | {"extra_info": {"split": "train", "index": 0, "answer": None, "question": ""}}
+def test_the_answer_is_the_ground_truth_and_else_what_extra_info_has(tmp_path):
+    # verl's rows of GSM8K: the whole worked solution stands in extra_info, and no response could equal it.
+    worked = row(answer="72") | {
+        "extra_info": {"split": "train", "index": 0, "answer": "48 / 2 = 24, 48 + 24 = 72\n#### 72", "question": ""}
+    }
+    without = row(answer="7") | {"reward_model": {"style": "rule", "ground_truth": None}}
     missing = row(answer=" ")
-    rows = prompt_rows(write_rows(tmp_path / "train.parquet", [with_extra, without, missing]))
-    assert rows[0].answer == "7"
-    assert rows[1].answer == "5"
+    rows = prompt_rows(write_rows(tmp_path / "train.parquet", [worked, without, missing]))
+    assert rows[0].answer == "72"
+    assert rows[1].answer == "7"
     with pytest.raises(ValueError, match=r"train.parquet, row 2: the answer is missing"):
         rows[2]
     only_reward = prompt_rows(write_rows(tmp_path / "b.parquet", [row()], drop=("extra_info",)))
     assert only_reward[0].answer == "5"
-    with pytest.raises(ValueError, match=r"c.parquet has neither extra_info.answer nor reward_model.ground_truth"):
+    with pytest.raises(ValueError, match=r"c.parquet has neither reward_model.ground_truth nor extra_info.answer"):
         prompt_rows(write_rows(tmp_path / "c.parquet", [row()], drop=("extra_info", "reward_model")))
 
 
@@ -114,6 +117,9 @@ def test_unusable_files_are_named(tmp_path):
         prompt_rows(tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="row 0: column 'prompt' must be a list of {role, content} messages"):
         prompt_rows(write_rows(tmp_path / "c.parquet", [row() | {"prompt": "Find x."}]))[0]
+    answered = [*row()["prompt"], {"role": "assistant", "content": "5"}]
+    with pytest.raises(ValueError, match="row 0: the assistant has the last word of the prompt: nothing is left to answer"):
+        prompt_rows(write_rows(tmp_path / "e.parquet", [row() | {"prompt": answered}]))[0]
     with pytest.raises(ValueError, match="row 0: column 'videos' is not empty"):
         prompt_rows(write_rows(tmp_path / "d.parquet", [row() | {"videos": ["a.mp4"]}]))[0]
 
@@ -162,6 +168,16 @@ def test_numbers_of_markers_images_and_tokens_must_agree(renderer):
         renderer.token_ids([{"role": "user", "content": "what is <|image_pad|>?"}], num_images=0)
 
 
+def test_a_token_that_the_model_has_no_embedding_for_is_named(hf_folder, tmp_path):
+    folder = shutil.copytree(hf_folder, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    vocabulary = ChatRenderer(folder).tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": {"vocab_size": vocabulary}}))
+    message = rf"token id {vocabulary} \('<\|image_pad\|>'\), but the model in .* ends at {vocabulary - 1} \(config.json: vocab_size\)"
+    with pytest.raises(ValueError, match=message):
+        ChatRenderer(folder).token_ids([{"role": "user", "content": "<image>"}], num_images=1)
+
+
 def test_a_text_template_is_refused_for_pictures_only(hf_folder, tmp_path):
     folder = shutil.copytree(hf_folder, tmp_path / "hf")
     template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -189,6 +205,11 @@ def test_folders_that_are_no_model_are_named(hf_folder, tmp_path):
         ChatRenderer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no usable tokenizer"):
+        ChatRenderer(tmp_path)
+    # Of these alone transformers makes a tokenizer without a single word, and every text would be no tokens at all.
+    for name in ("chat_template.jinja", "config.json"):
+        shutil.copy(hf_folder / name, tmp_path)
+    with pytest.raises(ValueError, match="has no usable tokenizer .*: copy tokenizer.json and tokenizer_config.json"):
         ChatRenderer(tmp_path)
     text_model = shutil.copytree(hf_folder, tmp_path / "text")
     (text_model / "config.json").write_text("{}")

@@ -34,6 +34,12 @@ app()
 """
 
 
+@pytest.fixture(autouse=True)
+def bare_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def machine(root: Path, *nodes: str) -> Path:
     """A file system with these device files and room in /dev/shm."""
     (root / "dev" / "shm").mkdir(parents=True)

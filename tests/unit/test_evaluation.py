@@ -19,7 +19,7 @@ from mindspeed_mm_rl.report import evaluation_curves, evaluation_table
 from mindspeed_mm_rl.rewards.pool import RewardPool
 from mindspeed_mm_rl.rewards.scoring import RewardSettings
 from mindspeed_mm_rl.trainer.best import Best, remembered_best
-from mindspeed_mm_rl.trainer.evaluate import Evaluator, eval_data, file_labels
+from mindspeed_mm_rl.trainer.evaluate import Evaluator, Tally, eval_data, file_labels, named
 from mindspeed_mm_rl.trainer.resume import Start
 from mindspeed_mm_rl.trainer.sampler import GroupSampler
 from mindspeed_mm_rl.trainer.save_folder import BEST_TRACKER
@@ -134,6 +134,15 @@ def test_every_row_is_evaluated_once_each_time_and_named_by_its_source(make) -> 
     first, second = rollout.asked[:5], rollout.asked[5:]
     assert first == second and sorted(prompt_id for prompt_id, _ in first) == [0, 1, 2, 3, 4]
     assert {sampling for _, sampling in first} == {Sampling(2, 1.0, "evaluation", with_logprobs=False)}
+
+
+def test_a_source_that_is_called_as_a_file_is_kept_apart_from_it() -> None:
+    def tally(right: int) -> Tally:
+        return Tally([right], [1], [0.0])
+
+    values = named({("geo", "geo"): tally(1), ("", "geo"): tally(0), ("sums", "geo"): tally(1)})
+    assert (values["eval/geo/geo/mean@1"], values["eval/geo/mean@1"], values["eval/sums/mean@1"]) == (1.0, 0.0, 1.0)
+    assert values["eval/mean@1"] == pytest.approx(2 / 3)
 
 
 def test_only_the_first_rows(make) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -115,17 +116,18 @@ def test_going_on_without_any_save(tmp_path: Path) -> None:
 
 
 def test_a_stopped_process_of_the_run_is_found_and_ended() -> None:
-    marked = subprocess.Popen(["sleep", "60"], env=os.environ | {processes.RUN_MARKER: "a7"})
-    other = subprocess.Popen(["sleep", "60"], env=os.environ | {processes.RUN_MARKER: "a77"})
+    marker = uuid.uuid4().hex
+    marked = subprocess.Popen(["sleep", "60"], env=os.environ | {processes.RUN_MARKER: marker})
+    other = subprocess.Popen(["sleep", "60"], env=os.environ | {processes.RUN_MARKER: f"{marker}7"})
     try:
         marked.send_signal(signal.SIGSTOP)
         end = time.monotonic() + 10
         while not processes.is_stopped(marked.pid):
             assert time.monotonic() < end
-        assert processes.of_run("a7") == [marked.pid]
-        assert processes.end_all("a7", spared=[marked.pid], within_seconds=5) == []
+        assert processes.of_run(marker) == [marked.pid]
+        assert processes.end_all(marker, spared=[marked.pid], within_seconds=5) == []
         assert processes.is_stopped(marked.pid), "spared"
-        assert processes.end_all("a7", spared=[], within_seconds=5) == []
+        assert processes.end_all(marker, spared=[], within_seconds=5) == []
         assert marked.wait(5) == -signal.SIGKILL
         assert other.poll() is None
     finally:

@@ -4,7 +4,7 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mindspeed_mm_rl.report import render_table, report_columns, write_report
+from mindspeed_mm_rl.report import render_table, report_columns, report_evaluation, write_report
 from mindspeed_mm_rl.sinks import JsonlSink, console_line, open_metric_log, read_records
 from tests.disks import small_disk
 
@@ -107,3 +107,10 @@ def test_the_report_writes_table_and_picture(tmp_path):
     table = write_report(tmp_path, "dapo")
     assert (tmp_path / "table.txt").read_text() == table + "\n"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_evaluations_in_the_file_has_no_colours(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "eval/sums/mean@1": 0.5}\n')
+    report_evaluation(tmp_path, best=1)
+    assert "sums" in (tmp_path / "table.txt").read_text() and "\x1b" not in (tmp_path / "table.txt").read_text()

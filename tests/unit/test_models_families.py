@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 
+from mindspeed_mm_rl.cli.preflight import check_rope
 from mindspeed_mm_rl.models.families import read_architecture
 
 FLAT_7B = {
@@ -80,6 +82,40 @@ def test_nested_config_says_the_same(tmp_path: Path):
     (tmp_path / "flat").mkdir()
     (tmp_path / "nested").mkdir()
     assert read_architecture(write(tmp_path / "nested", nested)) == read_architecture(write(tmp_path / "flat", FLAT_7B))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_moe"])
+def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path, model_type: str):
+    config = {key: value for key, value in FLAT_7B.items() if key != "rope_theta"} | {"model_type": model_type}
+    config |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    if model_type != "qwen2_5_vl":
+        del config["rope_scaling"]
+    theirs = transformers.AutoConfig.from_pretrained(write(tmp_path, config)).get_text_config()
+    rope = theirs.to_dict().get("rope_parameters") or theirs.to_dict()
+    assert read_architecture(tmp_path).text.rope_theta == rope["rope_theta"]
+
+
+def test_rope_under_both_of_its_keys_must_be_one_rope(tmp_path: Path):
+    """Users add rope_scaling to a folder that transformers 5 wrote, as the pages of models say; transformers then reads it alone."""
+    both = FLAT_7B | {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}}
+    assert read_architecture(write(tmp_path, both)).text.rope_theta == 1e6
+    longer = both | {"rope_scaling": FLAT_7B["rope_scaling"] | {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
+    with pytest.raises(ValueError, match="are two answers; put all keys into rope_parameters"):
+        read_architecture(write(tmp_path, longer))
+
+
+def test_a_rope_that_an_older_transformers_passes_over_is_refused(tmp_path: Path):
+    """What transformers 4.52 has of a folder that transformers 5 wrote: its defaults, and rope_parameters untouched."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    kept = {key: value for key, value in FLAT_7B.items() if key not in ("rope_theta", "rope_scaling")} | {"model_type": "qwen2"}
+    written = kept | {"rope_parameters": rope}
+    folder = str(write(tmp_path, written))
+    check_rope(folder, written, "transformers 5.19.0")
+    with pytest.raises(ValueError, match=r"rope_theta 1e\+06 and scaling YarnScaling.* transformers 4.52.4, .* finds 10000 and None"):
+        check_rope(folder, written | {"rope_theta": 10000.0}, "transformers 4.52.4")
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    mended = written | {"rope_theta": 1e6, "rope_scaling": scaling}
+    check_rope(str(write(tmp_path, mended)), mended, "transformers 4.52.4")
 
 
 def test_text_model_has_no_vision_and_bans_nothing(tiny_text: Path):

@@ -50,6 +50,18 @@ def test_names_and_a_round_trip(policy, folder):
     parity.check_names_and_round_trip(policy, folder)
 
 
+def test_every_module_that_holds_a_weight_is_called(policy):
+    """Megatron's overlap_param_gather waits for the weights of a module when it is called: one that is only read would be an old one."""
+    holders = {name: module for name, module in policy.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    called = set()
+    handles = [module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in holders.items()]
+    with torch.no_grad():
+        parity.packed_logits(policy, parity.random_rows(LENGTHS))
+    for handle in handles:
+        handle.remove()
+    assert holders.keys() == called
+
+
 def test_which_layers_have_experts_is_counted_over_the_whole_model(one_rank, tmp_path: Path):
     """The second stage of a pipeline begins at layer 2."""
     from mindspeed_mm_rl.models.gpt import ModelOptions, layer_specs

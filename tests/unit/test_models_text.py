@@ -201,7 +201,7 @@ def test_published_configs(tmp_path: Path):
         ({"rope_interleaved": True}, "rope_interleaved true is not offered"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types sliding_attention are not offered"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not offered"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not offered; default, mrope, linear, llama3, yarn are"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not offered; default, linear, llama3, yarn are"),
         ({"rope_scaling": {"type": "yarn"}}, "key 'factor' is missing for model_type 'llama'"),
         ({"model_type": "lama"}, "the nearest is 'llama' of deepseek_v3, llama, qwen2, qwen2_5_vl, qwen3, qwen3_moe"),
     ],

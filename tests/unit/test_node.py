@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -91,5 +92,24 @@ def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyP
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV", *processes.PROCESS_ENV):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=message):
+        placement.start(run_plan(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("length", "address", "message"),
+    [
+        (60, "", r"has 60 characters, and the sockets of Ray in it allow \d\d: set RAY_TMPDIR to a folder with a shorter one"),
+        (76, "10.0.0.1:6379", "has 76 characters, and the sockets of the writers of saves in it allow 75: set TMPDIR to a folder"),
+    ],
+)
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, length: int, address: str, message: str
+) -> None:
+    folder = "/".ljust(length, "t")
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", folder)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
     with pytest.raises(ValueError, match=message):
         placement.start(run_plan(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,7 @@ from mindspeed_mm_rl.data.json_rows import JsonRows
 from mindspeed_mm_rl.data.loader import PromptLoader
 from mindspeed_mm_rl.data.preprocess.command import run
 from mindspeed_mm_rl.data.preprocess.encoding import tokenizer_of
+from mindspeed_mm_rl.data.preprocess.output import new_columns
 from mindspeed_mm_rl.data.rows import PromptColumns
 from mindspeed_mm_rl.data.sources import open_rows
 from tests.data_files import byte_tokenizer, data_plan, make_hf_folder
@@ -51,6 +53,19 @@ def write_column(path, sequences) -> None:
 
 def rows_of(column) -> list[list[int]]:
     return [column[i].tolist() for i in range(len(column))]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    own = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        message = f"output_prefix: {tmp_path}/new can't be written to .File too large"
+        with pytest.raises(ValueError, match=message), new_columns([tmp_path / "new" / name for name in "ab"]) as writers:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, own[1]))
+            for writer in writers * 10:
+                writer.add([1] * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, own)
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_files_are_those_of_megatrons_builder_byte_for_byte(tmp_path):
@@ -199,7 +214,7 @@ def test_json_rows_that_are_wrong_are_named(tmp_path):
         rows("", "")
     with pytest.raises(ValueError, match="has no column 'prompt'; the columns are question"):
         rows('{"question": "2 + 3?"}')
-    with pytest.raises(ValueError, match="its first row has neither extra_info.answer nor reward_model.ground_truth nor answer"):
+    with pytest.raises(ValueError, match="its first row has neither reward_model.ground_truth nor extra_info.answer nor answer"):
         rows('{"prompt": "2 + 3?"}')
     with pytest.raises(ValueError, match="a.jsonl, line 2: not valid JSON"):
         rows(good, "{")[1]

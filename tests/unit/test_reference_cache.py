@@ -71,7 +71,7 @@ def test_half_a_block_is_no_block(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_nothing_is_found_under_other_weights_another_model_or_another_type(tiny_text: Path, tmp_path: Path) -> None:
+def test_nothing_is_found_under_other_weights_another_model_another_type_or_other_pixels(tiny_text: Path, tmp_path: Path) -> None:
     plan = train_plan(tiny_text)
     (tmp_path / "config.json").write_text((tiny_text / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     folders = {
@@ -80,4 +80,6 @@ def test_nothing_is_found_under_other_weights_another_model_or_another_type(tiny
         cache_folder(tmp_path, replace(plan, dtype="bfloat16"), "a"),
         cache_folder(tmp_path, replace(plan, hf_path=str(tmp_path)), "a"),
     }
-    assert len(folders) == 4 and cache_folder(tmp_path, replace(plan, seed=8), "a") in folders
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    folders.add(cache_folder(tmp_path, replace(plan, hf_path=str(tmp_path)), "a"))
+    assert len(folders) == 5 and cache_folder(tmp_path, replace(plan, seed=8), "a") in folders

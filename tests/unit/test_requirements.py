@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -88,12 +89,16 @@ def test_each_lock_is_a_combination(device):
 def test_the_installer_refuses_a_machine_without_the_device_and_shows_what_it_would_do(device, tmp_path):
     if Path("/dev/nvidiactl").exists() or Path("/dev/davinci_manager").exists():
         pytest.skip("this machine has a device")
-    # A driver would be found beside the other commands. A full disk is not what the user hears of first.
-    full_disk = tmp_path / "commands" / "df"
-    full_disk.parent.mkdir()
+    # No other commands: neither a driver's nor a missing git is to be heard of. Nor is a full disk, first.
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in ("bash", "dirname", "uname", "awk", "cat", "grep", "wc"):
+        (commands / name).symlink_to(shutil.which(name))
+    (commands / "git").symlink_to(commands / "cat")
+    full_disk = commands / "df"
     full_disk.write_text("#!/bin/sh\necho Filesystem 1024-blocks Used Available Capacity Mounted\necho /dev/sda 9 9 0 100% /\n")
     full_disk.chmod(0o755)
-    environment = {"PATH": f"{full_disk.parent}:/usr/bin:/bin", "VENV": str(tmp_path / "venv")}
+    environment = {"PATH": str(commands), "VENV": str(tmp_path / "venv")}
     command = ["bash", "scripts/install.sh", device]
     refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     shown = subprocess.run(command, cwd=ROOT, env=environment | {"DRY_RUN": "1"}, capture_output=True, text=True, timeout=60)

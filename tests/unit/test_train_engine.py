@@ -84,6 +84,24 @@ def test_gradients_do_not_depend_on_the_micro_batches(
         assert parts_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
+def test_a_trained_vision_encoder_never_runs_with_parameters_that_are_still_on_their_way(
+    make_engine: MakeEngine, batch: Batch, images: dict
+) -> None:
+    """Ranks without pictures leave it out, so what is collected when it is called would be collected in another order on each rank."""
+    overlap = optimizer_plan(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    engine = make_engine(freeze_vision=False, freeze_projector=False, optimizer=overlap)
+    are_whole: list[bool] = []
+    groups = engine.models[0].bucket_groups
+    engine.network.image_encoder.register_forward_pre_hook(
+        lambda *_: are_whole.append(all(group.param_gather_dispatched and group.param_gather_handle is None for group in groups))
+    )
+    with_pictures = replace(request(batch), rows=[row for row, keys in enumerate(batch.image_keys) if keys])
+    for _ in range(2):
+        engine.update(with_pictures, images, GRPO)
+    engine.logprobs(batch, with_pictures.rows, images)
+    assert are_whole == [True] * 3
+
+
 def test_on_policy_update_equals_one_with_recomputed_old_logprobs(make_engine: MakeEngine, batch: Batch, images: dict) -> None:
     one, two = make_engine(), make_engine()
     with_old = batch.with_column("old_logprobs", two.logprobs(batch, range(len(batch)), two.encode(images)))
@@ -190,6 +208,14 @@ def test_a_gap_over_the_bound_stops_before_anything_changes(make_engine: MakeEng
     logprobs = engine.logprobs(batch, range(len(batch)), features)
     agreeing = replace(batch, rollout_logprobs=Ragged.from_rows([logprobs[i] for i in batch.sample_ids], torch.float32))
     assert engine.update(request(agreeing), features, GRPO)["logprob_gap_max"] < 1e-5
+
+
+def test_log_probs_that_are_no_numbers_stop_without_a_bound_too(make_engine: MakeEngine, batch: Batch, images: dict) -> None:
+    values = batch.rollout_logprobs.values.clone()
+    values[3] = float("nan")
+    engine = make_engine(logprob_gap_bound=0.0)
+    with pytest.raises(RuntimeError, match=r"log-probs of the rollout engine are not finite; nothing was updated"):
+        engine.update(request(replace(batch, rollout_logprobs=Ragged(values, batch.rollout_logprobs.lengths))), engine.encode(images), GRPO)
 
 
 def test_a_save_continues_bit_by_bit(make_engine: MakeEngine, batch: Batch, images: dict, tmp_path: Path) -> None:

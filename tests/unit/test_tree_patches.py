@@ -271,7 +271,7 @@ def test_the_script_needs_no_environment_and_works_on_the_current_folder(trees, 
     (trees / "patches").mkdir()
     (trees / "patches/__init__.py").write_text("raise SystemExit('not this one')\n")
     trees = trees.rename(tmp_path / "my trees")
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(trees)}
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(trees)}
     done = subprocess.run(["bash", str(SCRIPT)], cwd=trees, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("  applied ") == 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -69,12 +69,28 @@ def test_the_encoder_stays_where_the_save_has_it(plan: Plan, now: bool) -> None:
         start_of(plan if now else inside)
 
 
+def test_what_was_frozen_is_not_trained_on(plan: Plan) -> None:
+    inside = replace(plan, vision=None, train=plan.vision)
+    saves = make_saves(inside, 2, plan=asdict(inside))
+    freed = replace(inside, train=replace(inside.train, freeze_projector=False))
+    with pytest.raises(ValueError, match=r"iter_0000002 was written with a frozen vision_projector, which this run trains \(freeze: false"):
+        start_of(freed)
+    assert start_of(replace(freed, train=replace(freed.train, no_load_optim=True))).save == saves.path_of(2)
+    assert start_of(inside).save == saves.path_of(2)
+
+
 def test_an_encoder_of_its_own_is_told(plan: Plan, other: Path) -> None:
     assert start_of(plan).notes == ()
     apart = replace(plan, vision=replace(plan.vision, load=str(other)))
     assert start_of(apart).notes == (
         f"the vision encoder is that of vit_config.load ({other}); actor_config.load ({plan.train.load}) holds another one",
     )
+
+
+def test_a_folder_that_is_missing_is_named_by_its_key(plan: Plan, tmp_path: Path) -> None:
+    apart = replace(plan, vision=replace(plan.vision, load=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="vit_config.load: .*/none is not a folder"):
+        start_of(apart)
 
 
 def test_a_frozen_encoder_serves_the_reference_too(plan: Plan, other: Path) -> None:

@@ -65,7 +65,7 @@ class Source:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Makes the training rows of Geometry3K.")
-    parser.add_argument("--local_dir", default="~/data/geo3k", help="where train.parquet and test.parquet are written")
+    parser.add_argument("--local_dir", default="~/data/geo3k", help="where train.parquet and test.parquet are written (~/data/geo3k)")
     parser.add_argument("--local_data", nargs="+", help=f"folder or parquet files of {DATA_SOURCE}; without it they are downloaded")
     options = parser.parse_args(arguments)
     # New files are 640 and folders 750; a stricter umask stays.

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +34,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="parquet file to write")
     parser.add_argument("--shots", type=int, default=0, help="solved questions shown before each question (0)")
     options = parser.parse_args(arguments)
+    output = options.output.expanduser()
     try:
         rows = training_rows(read(options.local_data.expanduser()), options.shots)
+        write(rows, output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    output = options.output.expanduser()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), output)
     print(f"{output}: {len(rows)} rows")
     return 0
 
 
+def write(rows: list[dict[str, Any]], output: Path) -> None:
+    """The file, whole or not at all. Raises ValueError that names it."""
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), unfinished)
+        unfinished.replace(output)
+    except OSError as error:
+        raise ValueError(f"--output: {output} can't be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
 def read(file: Path) -> list[dict[str, Any]]:
     """Raises ValueError, naming the row, where the question or the #### line of the answer is missing."""
+    if not file.is_file():
+        raise ValueError(f"--local_data: {file} does not exist")
     if file.suffix == ".parquet":
         rows = pq.read_table(file).to_pylist()
     else:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [
+            parsed(line, f"{file}, line {number}") for number, line in enumerate(file.read_text("utf-8").splitlines(), 1) if line.strip()
+        ]
     for number, row in enumerate(rows):
         if not str(row.get("question") or "").strip() or "####" not in str(row.get("answer") or ""):
             raise ValueError(f"{file}, row {number}: a row needs a question, and an answer that ends in '#### <number>'")
     return rows
+
+
+def parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
 
 
 def training_rows(rows: list[dict[str, Any]], shots: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A Qwen2.5 of a third of a million parameters with random weights, whose tokenizer knows the texts of sums.py: digits and little else."""
+"""A Qwen2.5 of half a million parameters with random weights, whose tokenizer knows the texts of sums.py: digits and little else."""
 
 from __future__ import annotations
 
