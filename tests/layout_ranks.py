@@ -48,7 +48,7 @@ def run(rank: int, world: int, address: str, plan: TrainPlan, reference: Path, i
 
     device.set_threads(1)
     device.adapt_megatron()
-    _many_buckets()
+    many_buckets()
     from mindspeed_mm_rl.engines.megatron import process_groups
 
     process_groups.initialize(plan, rank, world, address)
@@ -58,7 +58,7 @@ def run(rank: int, world: int, address: str, plan: TrainPlan, reference: Path, i
         process_groups.destroy()
 
 
-def _many_buckets() -> None:
+def many_buckets() -> None:
     """Megatron sums and collects 40 million numbers at a time: of a real model there are many such buckets, of a tiny one there would be
     one."""
     from megatron.core import distributed

@@ -110,7 +110,7 @@ def send(machines: TwoMachines, what: str) -> None:
             machines.head.send_signal(signal.SIGINT)
         case "Ctrl-C on the other":
             machines.other.send_signal(signal.SIGINT)
-            machines.wait_for("alone", 10.0)
+            machines.wait_for("alone", 20.0)
         case "the head is killed":
             machines.head.kill()
 

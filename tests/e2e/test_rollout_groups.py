@@ -123,7 +123,7 @@ def test_a_replica_is_replaced_when_a_process_of_one_of_its_groups_dies_and_so_i
         rollout.receive_weights(OnHosts({slots.node: handle}), 1)
         began = time.monotonic()
         undisturbed = by_sample(list(rollout.generate(requests(), [])))
-        assert read_late(rollout, 2 * (time.monotonic() - began)) == undisturbed
+        assert read_late(rollout, 4 * (time.monotonic() - began)) == undisturbed
         stream, victim = rollout.generate(requests(), []), rollout.members[1]
         found = [next(stream)]
         os.kill(victim.pid, signal.SIGKILL)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.layout_ranks import many_buckets
 from tests.parallel.update_ranks import make_batch
 from tests.plans import optimizer_plan, train_plan
 
@@ -15,7 +16,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2": {"tensor_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
     "pp2": {"pipeline_parallel_size": 2},
-    "dp2": {"use_distributed_optimizer": True},
+    "dp2": {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
     "tp2_sharded_optimizer": {"tensor_parallel_size": 2, "expert_tensor_parallel_size": 2, "use_distributed_optimizer": True},
     "ep2": {"expert_parallel_size": 2},
     "tp2_experts": {"tensor_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
@@ -33,6 +34,7 @@ def run(rank: int, world: int, model: Path, folder: Path, jobs: list[tuple[str, 
 
     device.adapt_megatron()
     device.set_threads(1)
+    many_buckets()
     import torch
 
     answers = []
@@ -53,7 +55,8 @@ def _job(
     from mindspeed_mm_rl.engines.megatron.engine import MegatronTrainEngine
 
     layout = dict(layout)
-    optimizer = optimizer_plan(adam_eps=1e-6, use_distributed_optimizer=layout.pop("use_distributed_optimizer", False))
+    switches = {key: layout.pop(key) for key in ("use_distributed_optimizer", "overlap_grad_reduce") if key in layout}
+    optimizer = optimizer_plan(adam_eps=1e-6, **switches)
     plan = train_plan(model, load=str(load), max_samples_per_micro_batch=3, optimizer=optimizer, **layout)
     process_groups.initialize(plan, rank, world, store)
     engine = MegatronTrainEngine(plan, with_reference=False, entropy_bonus=False, publish_vision=False)

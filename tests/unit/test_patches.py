@@ -63,7 +63,7 @@ def test_repairs_of_0_12_go_to_0_12_alone(tmp_path: Path, monkeypatch: pytest.Mo
     old, new = applying("0.12.1"), applying("0.16.1")
     # megatron_write_item asks torch's source, and no torch is here.
     assert old - new == {"megatron_numpy_product", "megatron_quantize_nothing"}
-    assert new - old == {"megatron_router_gemm"}
+    assert new - old == {"megatron_bucket_padding", "megatron_router_gemm"}
 
 
 def test_devices_that_megatron_and_vllm_are_written_for_get_no_repairs_of_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -72,7 +72,7 @@ def test_devices_that_megatron_and_vllm_are_written_for_get_no_repairs_of_cpu(tm
         only_these(monkeypatch, tmp_path / kind, {name: want.install for name, want in row.packages.items()})
         return {status.name for status in patching.statuses(kind) if status.state == "applies"}
 
-    assert applying("cuda") == {"megatron_optimizer_state", "megatron_router_gemm", "vllm_queues"}
+    assert applying("cuda") == {"megatron_bucket_padding", "megatron_optimizer_state", "megatron_router_gemm", "vllm_queues"}
     assert not {name for name in applying("npu") if name.startswith(("megatron", "torch"))}
 
 
