@@ -99,8 +99,10 @@ def _end_of(grader: int) -> int:
     try:
         return os.waitstatus_to_exitcode(os.waitpid(grader, 0)[1])
     except _Stopped:
-        os.kill(grader, signal.SIGKILL)
-        os.waitpid(grader, 0)
+        # The signal may come when it has just been reaped.
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(grader, signal.SIGKILL)
+            os.waitpid(grader, 0)
         raise
 
 

@@ -217,7 +217,12 @@ def _chosen(plan: Plan) -> tuple[Path | None, list[str]]:
     if newest is not None:
         _check_one_meaning(plan, newest)
         return newest, passed_over
-    return (_whole("actor_config.load", plan.train.load) if _continues_load(plan) else None), passed_over
+    if passed_over:
+        raise ValueError(
+            f"no save in {run.save} is whole ({'; '.join(passed_over)}): mend one, give another save in rl_config.resume, or "
+            "rl_config.resume=off to begin anew"
+        )
+    return (_whole("actor_config.load", plan.train.load) if _continues_load(plan) else None), []
 
 
 def _continues_load(plan: Plan) -> bool:

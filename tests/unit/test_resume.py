@@ -92,9 +92,19 @@ def test_auto_passes_over_what_is_not_whole_and_says_so(plan: Plan) -> None:
     start = start_of(plan)
     assert start.iteration == 2
     assert start.notes[0].startswith(f"passed over: {saves.path_of(4)} is no whole training save: actor/") and len(start.notes) == 2
-    (saves.path_of(2) / STATE_FILE).unlink()
-    start = start_of(plan)
-    assert (start.save, start.plan.train.load, len(start.notes)) == (None, plan.train.load, 2)
+
+
+def test_auto_does_not_begin_anew_where_saves_are_and_none_is_whole(plan: Plan, tmp_path: Path) -> None:
+    saves = make_saves(plan, 2, 4)
+    elsewhere = make_saves(changed(plan, save=str(tmp_path / "elsewhere")), 2)
+    for iteration in (2, 4):
+        (saves.path_of(iteration) / STATE_FILE).unlink()
+    for load in (plan.train.load, str(elsewhere.root)):
+        line = refused(changed(plan, load=load))
+        assert line.startswith(f"no save in {saves.root} is whole ({saves.path_of(4)} is no whole training save: ")
+        assert f"{saves.path_of(2)} is no whole training save: " in line and "rl_config.resume=off" in line
+    assert start_of(changed(plan, resume="off")).save is None
+    assert start_of(changed(plan, resume=str(elsewhere.path_of(2)))).iteration == 2
 
 
 def test_off_never_continues(plan: Plan) -> None:
