@@ -252,6 +252,12 @@ def _whole(key: str, folder: str) -> Path:
 
 def _check_one_meaning(plan: Plan, newest: Path) -> None:
     """actor_config.load may name a save among those of actor_config.save, but then it must be the one that is continued."""
+    given = Path(plan.train.load).expanduser()
+    if not given.exists() and given.resolve().is_relative_to(newest.resolve().parent):
+        raise ValueError(
+            f"actor_config.load is {plan.train.load}, which does not exist, and rl_config.resume (auto) would continue {newest}: correct "
+            "load, or leave it out to continue"
+        )
     loaded = _training_save(plan.train.load)
     if loaded is None or loaded.resolve().parent != newest.resolve().parent:
         return

@@ -107,6 +107,17 @@ def test_auto_does_not_begin_anew_where_saves_are_and_none_is_whole(plan: Plan, 
     assert start_of(changed(plan, resume=str(elsewhere.path_of(2)))).iteration == 2
 
 
+def test_a_save_that_load_names_and_that_is_gone_is_not_replaced_by_another(plan: Plan, tmp_path: Path) -> None:
+    saves = make_saves(plan, 4)
+    line = refused(changed(plan, load=str(saves.path_of(2))))
+    assert line == (
+        f"actor_config.load is {saves.path_of(2)}, which does not exist, and rl_config.resume (auto) would continue {saves.path_of(4)}: "
+        "correct load, or leave it out to continue"
+    )
+    # Weights that the run once began with are needed no more.
+    assert start_of(changed(plan, load=str(tmp_path / "removed"))).iteration == 4
+
+
 def test_off_never_continues(plan: Plan) -> None:
     saves = make_saves(plan, 2)
     assert start_of(changed(plan, resume="off")).save is None
