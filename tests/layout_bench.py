@@ -43,18 +43,18 @@ class LayoutBench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pool = RankPool(seconds=120.0)
-        self.found: dict[tuple[str, str], Differences | None] = {}
-        """None: the layout failed."""
+        self.found: dict[tuple[str, str], Differences | str] = {}
+        """A word where the layout did not run."""
         self._single: dict[str, Seen] = {}
 
     def run(self, model: str, mode: str) -> Differences:
         """Raises RuntimeError with what the ranks said, and AssertionError where they don't agree with each other."""
-        self.found[model, mode] = None
+        self.found[model, mode] = "FAILED"
         single, reference = self._reference(model), self.folder / f"{model}.pt"
         plan = plan_for(MODELS[model], MODES[mode], self.folder / model)
         seen = self.pool.run(MODES[mode].processes, run, plan, reference, MODELS[model].is_critic)
-        self.found[model, mode] = _differences(single, seen)
-        return self.found[model, mode]
+        differences = self.found[model, mode] = _differences(single, seen)
+        return differences
 
     def _reference(self, model: str) -> Seen:
         if model not in self._single:
@@ -84,11 +84,9 @@ class LayoutBench:
         self.pool.close()
 
 
-def _cell(found: Mapping[tuple[str, str], Differences | None], model: str, mode: str) -> str:
-    if (model, mode) not in found:
-        return "-"
-    differences = found[model, mode]
-    return "FAILED" if differences is None else " ".join(f"{number:.0e}".replace("e-0", "e-") for number in astuple(differences)[:3])
+def _cell(found: Mapping[tuple[str, str], Differences | str], model: str, mode: str) -> str:
+    seen = found.get((model, mode), "-")
+    return seen if isinstance(seen, str) else " ".join(f"{number:.0e}".replace("e-0", "e-") for number in astuple(seen)[:3])
 
 
 def _differences(single: Seen, ranks: list[Seen]) -> Differences:

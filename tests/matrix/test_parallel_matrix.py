@@ -11,6 +11,9 @@ import pytest
 from tests.layout_bench import LayoutBench
 from tests.layout_modes import cells
 
+REFUSED_BY_0_12 = {("Qwen2.5", "PP2+VPP2xDP2+dist.opt.+overlap"): "an embedding that the first and the last pipeline stage both have"}
+"""Where sizes of the tiny model don't end at a multiple of 128 numbers."""
+
 
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LayoutBench]:
@@ -27,4 +30,10 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(("model", "mode"), cells(), ids=[f"{model}: {mode}" for model, mode in cells()])
 def test_a_layout_changes_nothing(bench: LayoutBench, model: str, mode: str) -> None:
-    bench.run(model, mode).check()
+    reason = REFUSED_BY_0_12.get((model, mode)) if metadata.version("megatron-core").startswith("0.12") else None
+    if reason is None:
+        bench.run(model, mode).check()
+        return
+    with pytest.raises(RuntimeError, match=f"ValueError: .*{reason}"):
+        bench.run(model, mode)
+    bench.found[model, mode] = "refused"

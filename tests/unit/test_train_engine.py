@@ -102,6 +102,17 @@ def test_a_trained_vision_encoder_never_runs_with_parameters_that_are_still_on_t
     assert are_whole == [True] * 3
 
 
+def test_a_parameter_that_begins_before_its_bucket_is_refused(make_engine: MakeEngine) -> None:
+    """As megatron-core 0.12 has it; the table of layouts shows a real one."""
+    from mindspeed_mm_rl.engines.megatron.optimizer import check_buckets
+
+    models = make_engine().models
+    check_buckets(models)
+    models[0].buffers[0].buckets[0].offset += 64
+    with pytest.raises(ValueError, match="it begins at 0, its bucket at 64. Set use_distributed_optimizer to false"):
+        check_buckets(models)
+
+
 def test_on_policy_update_equals_one_with_recomputed_old_logprobs(make_engine: MakeEngine, batch: Batch, images: dict) -> None:
     one, two = make_engine(), make_engine()
     with_old = batch.with_column("old_logprobs", two.logprobs(batch, range(len(batch)), two.encode(images)))

@@ -22,11 +22,26 @@ def wrap_for_data_parallel(networks: Sequence[Any], plan: OptimizerPlan) -> list
         use_distributed_optimizer=plan.use_distributed_optimizer,
         check_for_nan_in_grad=True,
     )
-    return [
+    models = [
         # Of several virtual stages the later ones have no time left in which buckets would help.
         DistributedDataParallel(config=network.config, ddp_config=settings, module=network, disable_bucketing=stage > 0)
         for stage, network in enumerate(networks)
     ]
+    check_buckets(models)
+    return models
+
+
+def check_buckets(models: Sequence[Any]) -> None:
+    """Raises ValueError for a parameter that begins in the bucket before its own, as megatron-core 0.12 lays out an embedding on two
+    stages: its part there would belong to two ranks."""
+    for buffer in (buffer for model in models for buffer in (*model.buffers, *model.expert_parallel_buffers)):
+        for start, _, number in buffer.param_index_map.values():
+            if start < (begin := buffer.buckets[number].offset):
+                raise ValueError(
+                    "this megatron-core can't share out the optimizer's state of an embedding that the first and the last pipeline stage "
+                    f"both have: it begins at {start}, its bucket at {begin}. Set use_distributed_optimizer to false, "
+                    "pipeline_model_parallel_size to 1, or take megatron-core 0.16"
+                )
 
 
 def build_optimizer(models: list[Any], plan: OptimizerPlan, dtype: torch.dtype) -> Any:
