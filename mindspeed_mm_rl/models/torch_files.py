@@ -67,7 +67,7 @@ def read_models(path: Path) -> dict[str, dict[str, Tensor]]:
     """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            # torch_npu's load takes nothing but text for the path of a file to map.
+            # Ascend's torch takes nothing but text for the path of a file to map.
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged, or holds more than weights, which is never unpickled ({_reason(error)})") from error
